@@ -1,0 +1,160 @@
+"""The two configurations: what a model is (`ModelConfig`) and how it is run (`RunConfig`).
+
+Both are frozen and validated where they are made, so that everything above may trust them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Activation = Literal["silu", "gelu_tanh", "relu", "relu2"]
+RopeStyle = Literal["interleaved", "halves"]
+Method = Literal["auto", "dense", "exact", "gate_threshold"]
+Backend = Literal["auto", "reference", "cpu", "triton"]
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding of one kind of layer.
+
+    `style` pairs dimension 2i with 2i+1 (`interleaved`, GGUF's llama) or i with i + dim/2
+    (`halves`, NeoX and Gemma). `scale` divides positions (linear scaling).
+    """
+
+    dim: int
+    base: float
+    style: RopeStyle
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and conventions of one model, whatever file it came from.
+
+    Dimensions follow the code base's letters: `d_model` is D, `d_ffn` is N. `sliding[i]` says
+    whether layer i attends only to the last `sliding_window` positions (its own included).
+    """
+
+    architecture: str
+    name: str
+    n_layers: int
+    d_model: int
+    d_ffn: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    context_length: int
+    norm_eps: float
+    activation: Activation
+    rope: RopeConfig
+    rope_local: RopeConfig | None = None
+    sliding_window: int | None = None
+    sliding: tuple[bool, ...] = ()
+    gated: bool = True
+    attention_scale: float = 0.0
+    embedding_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        counts = ("n_layers", "d_model", "d_ffn", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "context_length")
+        for field in counts:
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})")
+        if not 0 < self.norm_eps < 1:
+            raise ValueError(f"norm_eps must lie in (0, 1), not {self.norm_eps}")
+        if self.activation not in get_args(Activation):
+            raise ValueError(f"activation {self.activation!r} is none of {', '.join(get_args(Activation))}")
+        if self.sliding and len(self.sliding) != self.n_layers:
+            raise ValueError(f"sliding names {len(self.sliding)} layers, the model has {self.n_layers}")
+        for rope in filter(None, (self.rope, self.rope_local)):
+            if not 0 < rope.dim <= self.head_dim or rope.dim % 2:
+                raise ValueError(f"rope dimension {rope.dim} must be even and at most head_dim {self.head_dim}")
+            if not (math.isfinite(rope.base) and rope.base > 0 and math.isfinite(rope.scale) and rope.scale > 0):
+                raise ValueError(f"rope base {rope.base} and scale {rope.scale} must be finite and positive")
+        if self.attention_scale == 0.0:
+            object.__setattr__(self, "attention_scale", self.head_dim**-0.5)
+
+    def is_sliding(self, layer: int) -> bool:
+        return bool(self.sliding) and self.sliding[layer]
+
+
+def _in_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    below = value <= low if open_low else value < low
+    if not math.isfinite(value) or below or value > high:
+        bracket = "(" if open_low else "["
+        raise ValueError(f"{name} must lie in {bracket}{low:g}, {high:g}], not {value:g}")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is drawn; temperature 0 is greedy. Names and order are llama.cpp's."""
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _in_range("temperature", self.temperature, 0, 100)
+        _in_range("top_k", self.top_k, 0, 2**31 - 1)
+        _in_range("top_p", self.top_p, 0, 1, open_low=True)
+        _in_range("min_p", self.min_p, 0, 1)
+        _in_range("repeat_penalty", self.repeat_penalty, 0, 100, open_low=True)
+        _in_range("repeat_last_n", self.repeat_last_n, 0, 2**31 - 1)
+        if self.seed is not None:
+            _in_range("seed", self.seed, 0, 2**64 - 1)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Every knob of a run. Defaults, then a mapping (`from_mapping`), then keyword overrides.
+
+    `method` picks the predictor: `dense` computes every neuron, `exact` needs a ReLU model,
+    `gate_threshold` (CATS) needs `sparsity`; `auto` is `exact` for ReLU models, and otherwise
+    `gate_threshold` where a sparsity is given, else `dense`. `cold_fraction` puts that share of
+    each layer's neurons on a second shard (HybridFFN).
+    """
+
+    model: str | None = None
+    context: int = 4096
+    threads: int | None = None
+    backend: Backend = "auto"
+    method: Method = "auto"
+    sparsity: float | None = None
+    cold_fraction: float = 0.0
+    sampling: SamplingConfig = SamplingConfig()
+
+    def __post_init__(self) -> None:
+        _in_range("context", self.context, 1, 2**31 - 1)
+        if self.threads is not None:
+            _in_range("threads", self.threads, 1, 4096)
+        if self.sparsity is not None:
+            _in_range("sparsity", self.sparsity, 0, 0.99)
+        _in_range("cold_fraction", self.cold_fraction, 0, 1)
+        for name, choices in (("method", get_args(Method)), ("backend", get_args(Backend))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(choices)}")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], **overrides: Any) -> RunConfig:
+        """Build from nested plain data (TOML, JSON); an unknown key is a ValueError naming it."""
+        merged = {**values, **overrides}
+        if isinstance(sampling := merged.get("sampling"), Mapping):
+            merged["sampling"] = SamplingConfig(**_known(SamplingConfig, sampling, "sampling."))
+        return cls(**_known(cls, merged))
+
+
+def _known(cls: type, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - names):
+        raise ValueError(f"unknown key {prefix}{unknown[0]!s}; known keys: {', '.join(sorted(names))}")
+    return dict(values)

@@ -1,0 +1,39 @@
+"""quant_matmul: x [T, columns] times quantised rows, float32 [T, rows]; a matvec at T = 1."""
+
+from typing import Any
+
+import torch
+
+from pinfer.kernels import cases
+from pinfer.kernels.quant_matmul.reference import quant_matmul as reference
+from pinfer.kernels.registry import Op
+from pinfer.quant import BY_NAME, QuantTensor
+
+
+def _make_inputs(generator: torch.Generator, *, type: str, tokens: int, rows: int, columns: int) -> dict[str, Any]:
+    return {
+        "x": cases.random_floats(generator, tokens, columns),
+        "weight": cases.random_blocks(generator, BY_NAME[type], rows, columns),
+    }
+
+
+def _bytes_moved(x: torch.Tensor, weight: QuantTensor) -> int:
+    return weight.nbytes + 4 * x.shape[0] * (weight.columns + weight.rows)
+
+
+OP = Op(
+    name="quant_matmul",
+    reference=reference,
+    triton="pinfer.kernels.quant_matmul.gpu:quant_matmul",
+    cpu="pinfer.kernels.quant_matmul.cpu:quant_matmul",
+    make_inputs=_make_inputs,
+    cases=(
+        *({"type": name, "tokens": 1, "rows": 37, "columns": cases.columns_for(name)} for name in BY_NAME),
+        *({"type": name, "tokens": 3, "rows": 17, "columns": 512} for name in ("F16", "Q8_0", "Q4_K")),
+        {"type": "Q5_0", "tokens": 13, "rows": 5, "columns": 64},
+        {"type": "F32", "tokens": 1, "rows": 1, "columns": 1},
+    ),
+    bench_cases=tuple({"type": name, "tokens": 1, "rows": 4096, "columns": 4096} for name in cases.BENCH_TYPES),
+    bytes_moved=_bytes_moved,
+    tolerance=1e-5,
+)

@@ -1,0 +1,88 @@
+"""sparse_ffn: the listed neurons of an FFN, fused from x [T, D] to y [T, D]."""
+
+from typing import Any
+
+import torch
+
+from pinfer.kernels import cases
+from pinfer.kernels.registry import Op
+from pinfer.kernels.select_active.reference import Active, select_active
+from pinfer.kernels.sparse_ffn.reference import sparse_ffn as reference
+from pinfer.quant import BY_NAME, QuantTensor
+
+
+def _make_inputs(
+    generator: torch.Generator,
+    *,
+    type: str,
+    tokens: int,
+    neurons: int,
+    width: int,
+    density: float,
+    activation: str = "silu",
+    gated: bool = True,
+    masked: bool = False,
+    with_gate_values: bool = False,
+    down_type: str | None = None,
+) -> dict[str, Any]:
+    scores = torch.rand(tokens, neurons, generator=generator, device=generator.device)
+    threshold = torch.tensor([1 - density if density < 1 else -1.0], device=generator.device)
+    x = cases.random_floats(generator, tokens, width)
+    gate, up, down = (
+        cases.random_blocks(generator, BY_NAME[name], neurons, width) for name in (type, type, down_type or type)
+    )
+    return {
+        "x": x,
+        "gate": gate,
+        "up": up if gated else None,
+        "down": down,
+        "active": select_active(scores, threshold),
+        "activation": activation,
+        "mask": scores > threshold if masked else None,
+        "gate_values": cases.random_floats(generator, tokens, neurons) if with_gate_values else None,
+    }
+
+
+def _bytes_moved(
+    x: torch.Tensor,
+    gate: QuantTensor,
+    up: QuantTensor | None,
+    down: QuantTensor,
+    active: Active,
+    gate_values: torch.Tensor | None = None,
+    **_: Any,
+) -> int:
+    rows = [weight for weight in (gate if gate_values is None else None, up, down) if weight is not None]
+    per_neuron = sum(weight.nbytes // weight.rows for weight in rows)
+    return int(active.count) * per_neuron + 4 * (2 * x.numel() + int(active.count))
+
+
+_SMALL: dict[str, Any] = {"tokens": 1, "neurons": 23, "density": 0.4}
+
+OP = Op(
+    name="sparse_ffn",
+    reference=reference,
+    triton="pinfer.kernels.sparse_ffn.gpu:sparse_ffn",
+    cpu="pinfer.kernels.sparse_ffn.cpu:sparse_ffn",
+    make_inputs=_make_inputs,
+    cases=(
+        *({"type": name, "width": cases.columns_for(name), **_SMALL} for name in BY_NAME),
+        *({"type": "Q8_0", "width": 96, "activation": name, **_SMALL} for name in ("relu", "relu2", "gelu_tanh")),
+        {"type": "F32", "tokens": 1, "neurons": 431, "width": 123, "density": 0.1, "activation": "relu"},
+        {"type": "F16", "tokens": 1, "neurons": 23, "width": 123, "density": 0.0},
+        {"type": "F32", "tokens": 1, "neurons": 23, "width": 123, "density": 1.0},
+        {"type": "Q4_K", "tokens": 1, "neurons": 9, "width": 256, "density": 1.0, "down_type": "Q8_0"},
+        {"type": "F32", "tokens": 1, "neurons": 23, "width": 31, "density": 0.4, "gated": False, "activation": "relu"},
+        {"type": "Q8_0", "tokens": 1, "neurons": 23, "width": 64, "density": 0.4, "with_gate_values": True},
+        {"type": "Q8_0", "tokens": 3, "neurons": 23, "width": 64, "density": 0.2, "masked": True},
+        {"type": "Q5_0", "tokens": 13, "neurons": 9, "width": 32, "density": 0.2, "masked": True,
+         "with_gate_values": True, "activation": "gelu_tanh"},
+    ),
+    bench_cases=tuple(
+        {"type": name, "tokens": 1, "neurons": 11008, "width": 4096, "density": density}
+        for name in cases.BENCH_TYPES
+        for density in (0.1, 0.5)
+    ),
+    bytes_moved=_bytes_moved,
+    tolerance=1e-5,
+)  # fmt: skip

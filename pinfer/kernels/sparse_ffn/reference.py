@@ -1,0 +1,47 @@
+"""The sparse FFN: y = Σ over active neurons i of act(g_i · x) · (u_i · x) · d_i, in plain torch.
+
+Any subset of the neurons is exact for the neurons it keeps (PowerInfer §5.2, Deja Vu §4).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pinfer.kernels.activation import activate
+from pinfer.kernels.dequantize.reference import dequantize
+from pinfer.kernels.select_active.reference import Active
+from pinfer.quant import QuantTensor
+
+
+def sparse_ffn(
+    x: torch.Tensor,
+    gate: QuantTensor,
+    up: QuantTensor | None,
+    down: QuantTensor,
+    active: Active,
+    *,
+    activation: str,
+    mask: torch.Tensor | None = None,
+    gate_values: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute the listed neurons of an FFN.
+
+    x:           float [T, D].
+    gate, up:    QuantTensor [N, D], row i being neuron i. An ungated FFN passes its up matrix as
+                 `gate` and None as `up`: y = Σ act(g_i · x) · d_i.
+    down:        QuantTensor [N, D], transposed from the file so that row i is neuron i's output.
+    active:      the union over tokens of the neurons to compute.
+    mask:        bool [T, N] or None: which of them each token uses.
+    gate_values: float32 [T, N] or None: g_i · x where the predictor has it; gate rows stay unread.
+
+    Returns float32 [T, D].
+    """
+    listed = active.indices[: int(active.count)].long()
+    x = x.float()
+    pre = x @ dequantize(gate[listed]).T if gate_values is None else gate_values[:, listed]
+    hidden = activate(activation, pre)  # [T, K]
+    if up is not None:
+        hidden = hidden * (x @ dequantize(up[listed]).T)
+    if mask is not None:
+        hidden = torch.where(mask[:, listed], hidden, 0.0)
+    return hidden @ dequantize(down[listed])

@@ -1,0 +1,24 @@
+"""Model families: one wiring file each over shared layers, and the table that names them."""
+
+from pinfer.config import ModelConfig
+from pinfer.models.gemma3 import Gemma3Block
+from pinfer.models.layers import KVCache
+from pinfer.models.llama import LlamaBlock
+from pinfer.models.transformer import BlockBuilder, Transformer, WeightSource
+
+FAMILIES: dict[str, BlockBuilder] = {"llama": LlamaBlock, "gemma3": Gemma3Block}
+
+
+def build_model(weights: WeightSource, config: ModelConfig, context: int) -> Transformer:
+    """The dense model over `weights`, with room for `context` positions.
+
+    ValueError for a family that is not in FAMILIES or a context above the model's own.
+    """
+    if config.architecture not in FAMILIES:
+        raise ValueError(f"architecture {config.architecture!r} is not supported; supported: {', '.join(FAMILIES)}")
+    if not 1 <= context <= config.context_length:
+        raise ValueError(f"context must lie in [1, {config.context_length}], the model's limit, not {context}")
+    return Transformer(weights, config, FAMILIES[config.architecture], context)
+
+
+__all__ = ["FAMILIES", "KVCache", "Transformer", "WeightSource", "build_model"]

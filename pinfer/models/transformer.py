@@ -1,0 +1,77 @@
+"""The decoder around a family's blocks: embed, blocks, final norm, head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from pinfer.config import ModelConfig
+from pinfer.ffn import DenseFFN
+from pinfer.kernels.ops import dequantize, quant_matmul
+from pinfer.models.layers import KVCache, RMSNorm, Rope
+from pinfer.quant import QuantTensor
+
+
+class WeightSource(Protocol):
+    """Where weights come from, under GGUF's tensor names: a GGUFFile, or anything that answers like one."""
+
+    def has(self, name: str) -> bool: ...
+    def tensor(self, name: str) -> QuantTensor: ...
+    def vector(self, name: str) -> torch.Tensor: ...
+
+
+class Block(nn.Module):
+    """One layer of a family: `block(x, cache) -> x`, with an `ffn` that may be replaced."""
+
+    ffn: nn.Module
+
+
+BlockBuilder = Callable[[WeightSource, ModelConfig, int, Rope], Block]
+
+
+class Transformer(nn.Module):
+    """A model over memory-mapped weights; always built dense (`sparsify` replaces its FFNs)."""
+
+    def __init__(self, weights: WeightSource, config: ModelConfig, build_block: BlockBuilder, context: int) -> None:
+        super().__init__()
+        self.config, self.context = config, context
+        self.embedding = weights.tensor("token_embd.weight")  # [V, D]
+        factors = weights.vector("rope_freqs.weight") if weights.has("rope_freqs.weight") else None
+        rope = Rope(config.rope, context, factors)
+        local = rope if config.rope_local is None else Rope(config.rope_local, context)
+        ropes = [local if config.is_sliding(layer) else rope for layer in range(config.n_layers)]
+        self.blocks = nn.ModuleList(build_block(weights, config, layer, ropes[layer]) for layer in range(config.n_layers))
+        self.norm = RMSNorm(weights.vector("output_norm.weight"), config.norm_eps)
+        self.head = weights.tensor("output.weight") if weights.has("output.weight") else self.embedding
+
+    def forward(self, tokens: torch.Tensor, cache: KVCache, *, last_only: bool = False) -> torch.Tensor:
+        """Run tokens int64 [T] after the cache's; returns logits float32 [T, V], or [1, V] with `last_only`.
+
+        ValueError if they do not fit the cache.
+        """
+        if cache.length + tokens.shape[0] > cache.context:
+            raise ValueError(f"{cache.length + tokens.shape[0]} tokens do not fit the context of {cache.context}")
+        x = dequantize(self.embedding[tokens]) * self.config.embedding_scale  # [T, D]
+        for block in self.blocks:
+            x = block(x, cache)
+        cache.length += tokens.shape[0]
+        x = self.norm(x[-1:] if last_only else x)
+        return quant_matmul(x, self.head)
+
+    def new_cache(self) -> KVCache:
+        return KVCache(self.config, self.context)
+
+    def ffns(self) -> list[nn.Module]:
+        return [block.ffn for block in self.blocks]  # type: ignore[misc]
+
+
+def dense_ffn(weights: WeightSource, config: ModelConfig, prefix: str) -> DenseFFN:
+    """The FFN of layer `prefix` ("blk.3."), gated or not."""
+    up = weights.tensor(prefix + "ffn_up.weight")
+    down = weights.tensor(prefix + "ffn_down.weight")
+    if not config.gated:
+        return DenseFFN(up, None, down, config.activation)
+    return DenseFFN(weights.tensor(prefix + "ffn_gate.weight"), up, down, config.activation)

@@ -1,0 +1,43 @@
+"""What a predictor is: it says which neurons to compute for these tokens, on the device, without a host sync."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from pinfer.kernels.ops import select_active
+from pinfer.kernels.select_active import Active
+
+
+class Prediction(NamedTuple):
+    """The neurons to compute.
+
+    active:      union over the tokens (see `Active`).
+    mask:        bool [T, N], which of them each token uses; None for one token.
+    gate_values: float32 [T, N], g_i · x where the predictor had to compute it; else None.
+    """
+
+    active: Active
+    mask: torch.Tensor | None
+    gate_values: torch.Tensor | None
+
+
+class Predictor(nn.Module, ABC):
+    """Chooses neurons for one layer's FFN."""
+
+    @abstractmethod
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> Prediction:
+        """x: float32 [T, D], the FFN's normed input; residual: float32 [T, D], the same before the norm."""
+
+    @abstractmethod
+    def shard(self, neurons: torch.Tensor) -> Predictor:
+        """The same predictor for some of the neurons (int64 [H]), numbered in that order."""
+
+
+def predict_above(scores: torch.Tensor, threshold: torch.Tensor, gate_values: torch.Tensor | None) -> Prediction:
+    """A Prediction of the neurons with scores [T, N] above threshold [1] or [N]."""
+    mask = None if scores.shape[0] == 1 else scores > threshold
+    return Prediction(select_active(scores, threshold), mask, gate_values)

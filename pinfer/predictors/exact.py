@@ -1,0 +1,32 @@
+"""exact: computes the whole gate and skips the neurons whose activation is zero. Lossless, for ReLU models."""
+
+from __future__ import annotations
+
+import torch
+
+from pinfer.kernels.ops import quant_matmul
+from pinfer.predictors.base import Prediction, Predictor, predict_above
+from pinfer.quant import QuantTensor
+
+ZERO_BELOW_ZERO = ("relu", "relu2")
+
+
+class ExactPredictor(Predictor):
+    """gate: QuantTensor [N, D]. ValueError unless the activation is exactly zero for negative inputs."""
+
+    def __init__(self, gate: QuantTensor, activation: str) -> None:
+        super().__init__()
+        if activation not in ZERO_BELOW_ZERO:
+            raise ValueError(
+                f"the exact predictor needs a ReLU model (relu or relu2); this one uses {activation}: try gate_threshold"
+            )
+        self.gate = gate
+        self.activation = activation
+        self.threshold = torch.zeros(1, device=gate.device)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> Prediction:
+        gate_values = quant_matmul(x, self.gate)
+        return predict_above(gate_values, self.threshold, gate_values)
+
+    def shard(self, neurons: torch.Tensor) -> ExactPredictor:
+        return ExactPredictor(self.gate[neurons], self.activation)

@@ -1,0 +1,115 @@
+"""Block formats of GGUF weights: their names, ids and geometry, and the tensor that carries them.
+
+The lowest layer, shared by `pinfer.formats` (which finds the blocks in a file) and
+`pinfer.kernels` (which computes on them), so that neither has to import the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class QuantType:
+    """One way to store a row of weights.
+
+    `block_size` weights share one block of `block_bytes` bytes; unquantised types have blocks of
+    one weight. `ggml_id` is the type's number in a GGUF file.
+    """
+
+    name: str
+    ggml_id: int
+    block_size: int
+    block_bytes: int
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.block_bytes / self.block_size
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a row of `columns` weights; ValueError unless whole blocks fill it."""
+        if columns % self.block_size:
+            raise ValueError(f"{columns} columns are no multiple of {self}'s block of {self.block_size} weights")
+        return columns // self.block_size * self.block_bytes
+
+
+F32 = QuantType("F32", 0, 1, 4)
+F16 = QuantType("F16", 1, 1, 2)
+Q4_0 = QuantType("Q4_0", 2, 32, 18)
+Q4_1 = QuantType("Q4_1", 3, 32, 20)
+Q5_0 = QuantType("Q5_0", 6, 32, 22)
+Q5_1 = QuantType("Q5_1", 7, 32, 24)
+Q8_0 = QuantType("Q8_0", 8, 32, 34)
+Q2_K = QuantType("Q2_K", 10, 256, 84)
+Q3_K = QuantType("Q3_K", 11, 256, 110)
+Q4_K = QuantType("Q4_K", 12, 256, 144)
+Q5_K = QuantType("Q5_K", 13, 256, 176)
+Q6_K = QuantType("Q6_K", 14, 256, 210)
+BF16 = QuantType("BF16", 30, 1, 2)
+
+QUANT_TYPES: tuple[QuantType, ...] = (F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K)
+BY_ID: dict[int, QuantType] = {t.ggml_id: t for t in QUANT_TYPES}
+BY_NAME: dict[str, QuantType] = {t.name: t for t in QUANT_TYPES}
+
+_OF_DTYPE = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
+
+
+@dataclass(frozen=True, eq=False)
+class QuantTensor:
+    """A matrix of weights kept in its stored blocks.
+
+    `blocks` is uint8 `[rows, row_bytes]`, each row contiguous (rows may be strided apart); it is
+    often a view of a memory-mapped file and must not be written to. `columns` counts weights.
+    """
+
+    blocks: torch.Tensor
+    type: QuantType
+    columns: int
+
+    def __post_init__(self) -> None:
+        expected = self.type.row_bytes(self.columns)
+        if self.blocks.dtype != torch.uint8 or self.blocks.dim() != 2 or self.blocks.shape[1] != expected:
+            raise ValueError(
+                f"blocks must be uint8 [rows, {expected}] for {self.columns} columns of {self.type}, "
+                f"not {self.blocks.dtype} {list(self.blocks.shape)}"
+            )
+
+    @staticmethod
+    def from_dense(weight: torch.Tensor) -> QuantTensor:
+        """View a float32, float16 or bfloat16 matrix `[rows, columns]` as blocks of one weight."""
+        if weight.dtype not in _OF_DTYPE or weight.dim() != 2:
+            raise ValueError(f"expected a 2-D float tensor, not {weight.dtype} {list(weight.shape)}")
+        weight = weight.contiguous()
+        return QuantTensor(weight.view(torch.uint8), _OF_DTYPE[weight.dtype], weight.shape[1])
+
+    @property
+    def rows(self) -> int:
+        return self.blocks.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.columns
+
+    @property
+    def device(self) -> torch.device:
+        return self.blocks.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored blocks."""
+        return self.blocks.numel()
+
+    def to(self, device: torch.device | str) -> QuantTensor:
+        return QuantTensor(self.blocks.to(device), self.type, self.columns)
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> QuantTensor:
+        """Some rows, still as blocks: a slice is a view, an index tensor copies."""
+        return QuantTensor(self.blocks[rows], self.type, self.columns)
+
+    def __repr__(self) -> str:
+        return f"QuantTensor({self.type}, {self.rows}x{self.columns}, {self.device})"
