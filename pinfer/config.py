@@ -121,11 +121,12 @@ class RunConfig:
     `method` picks the predictor: `dense` computes every neuron, `exact` needs a ReLU model,
     `gate_threshold` (CATS) needs `sparsity`; `auto` is `exact` for ReLU models, and otherwise
     `gate_threshold` where a sparsity is given, else `dense`. `cold_fraction` puts that share of
-    each layer's neurons on a second shard (HybridFFN).
+    each layer's neurons on a second shard (HybridFFN). `model` None is the shipped one; `context`
+    None is the model's own limit or 4096, whichever is less, and 0 the model's limit.
     """
 
     model: str | None = None
-    context: int = 4096
+    context: int | None = None
     threads: int | None = None
     backend: Backend = "auto"
     method: Method = "auto"
@@ -134,7 +135,8 @@ class RunConfig:
     sampling: SamplingConfig = SamplingConfig()
 
     def __post_init__(self) -> None:
-        _in_range("context", self.context, 1, 2**31 - 1)
+        if self.context is not None:
+            _in_range("context", self.context, 0, 2**31 - 1)
         if self.threads is not None:
             _in_range("threads", self.threads, 1, 4096)
         if self.sparsity is not None:

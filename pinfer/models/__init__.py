@@ -4,7 +4,8 @@ from pinfer.config import ModelConfig
 from pinfer.models.gemma3 import Gemma3Block
 from pinfer.models.layers import KVCache
 from pinfer.models.llama import LlamaBlock
-from pinfer.models.transformer import BlockBuilder, Transformer, WeightSource
+from pinfer.models.transformer import BlockBuilder, Transformer
+from pinfer.models.weights import WeightSource
 
 FAMILIES: dict[str, BlockBuilder] = {"llama": LlamaBlock, "gemma3": Gemma3Block}
 

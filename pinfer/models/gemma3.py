@@ -6,7 +6,8 @@ import torch
 
 from pinfer.config import ModelConfig
 from pinfer.models.layers import Attention, AttentionWeights, KVCache, RMSNorm, Rope
-from pinfer.models.transformer import Block, WeightSource, dense_ffn
+from pinfer.models.transformer import Block, dense_ffn
+from pinfer.models.weights import WeightSource
 
 
 class Gemma3Block(Block):
@@ -17,10 +18,8 @@ class Gemma3Block(Block):
         def norm(name: str) -> RMSNorm:
             return RMSNorm(weights.vector(f"{prefix}{name}.weight"), config.norm_eps)
 
-        projections = (weights.tensor(f"{prefix}attn_{name}.weight") for name in ("q", "k", "v", "output"))
-        qk_norms = (weights.vector(f"{prefix}attn_{name}_norm.weight") for name in ("q", "k"))
         self.attention_norm = norm("attn_norm")
-        self.attention = Attention(AttentionWeights(*projections, *qk_norms), config, layer, rope)
+        self.attention = Attention(AttentionWeights.load(weights, prefix), config, layer, rope)
         self.post_attention_norm = norm("post_attention_norm")
         self.ffn_norm = norm("ffn_norm")
         self.ffn = dense_ffn(weights, config, prefix)

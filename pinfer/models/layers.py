@@ -13,6 +13,7 @@ from torch import nn
 
 from pinfer.config import ModelConfig, RopeConfig
 from pinfer.kernels.ops import quant_matmul
+from pinfer.models.weights import WeightSource
 from pinfer.quant import QuantTensor
 
 
@@ -68,7 +69,7 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Store keys and values [T, kv_heads, head_dim] after `length`; returns all so far [2, kv_heads, S, head_dim]."""
+        """Store keys and values [T, kv_heads, head_dim] after `length`; returns all of them [2, kv_heads, S, head_dim]."""
         end = self.length + keys.shape[0]
         if end > self.context:
             raise ValueError(f"{end} tokens do not fit the context of {self.context}")
@@ -90,8 +91,21 @@ class AttentionWeights:
     key: QuantTensor
     value: QuantTensor
     output: QuantTensor
-    query_norm: torch.Tensor | None = None
-    key_norm: torch.Tensor | None = None
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+
+    @classmethod
+    def load(cls, weights: WeightSource, prefix: str) -> AttentionWeights:
+        """The attention of layer `prefix` ("blk.3."), with QK norms where the file has them."""
+
+        def matrix(name: str) -> QuantTensor:
+            return weights.tensor(f"{prefix}attn_{name}.weight")
+
+        def norm(name: str) -> torch.Tensor | None:
+            full = f"{prefix}attn_{name}_norm.weight"
+            return weights.vector(full) if weights.has(full) else None
+
+        return cls(matrix("q"), matrix("k"), matrix("v"), matrix("output"), norm("q"), norm("k"))
 
 
 class Attention(nn.Module):

@@ -6,16 +6,16 @@ import torch
 
 from pinfer.config import ModelConfig
 from pinfer.models.layers import Attention, AttentionWeights, KVCache, RMSNorm, Rope
-from pinfer.models.transformer import Block, WeightSource, dense_ffn
+from pinfer.models.transformer import Block, dense_ffn
+from pinfer.models.weights import WeightSource
 
 
 class LlamaBlock(Block):
     def __init__(self, weights: WeightSource, config: ModelConfig, layer: int, rope: Rope) -> None:
         super().__init__()
         prefix = f"blk.{layer}."
-        projections = (weights.tensor(f"{prefix}attn_{name}.weight") for name in ("q", "k", "v", "output"))
         self.attention_norm = RMSNorm(weights.vector(prefix + "attn_norm.weight"), config.norm_eps)
-        self.attention = Attention(AttentionWeights(*projections), config, layer, rope)
+        self.attention = Attention(AttentionWeights.load(weights, prefix), config, layer, rope)
         self.ffn_norm = RMSNorm(weights.vector(prefix + "ffn_norm.weight"), config.norm_eps)
         self.ffn = dense_ffn(weights, config, prefix)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -12,15 +11,7 @@ from pinfer.config import ModelConfig
 from pinfer.ffn import DenseFFN
 from pinfer.kernels.ops import dequantize, quant_matmul
 from pinfer.models.layers import KVCache, RMSNorm, Rope
-from pinfer.quant import QuantTensor
-
-
-class WeightSource(Protocol):
-    """Where weights come from, under GGUF's tensor names: a GGUFFile, or anything that answers like one."""
-
-    def has(self, name: str) -> bool: ...
-    def tensor(self, name: str) -> QuantTensor: ...
-    def vector(self, name: str) -> torch.Tensor: ...
+from pinfer.models.weights import WeightSource
 
 
 class Block(nn.Module):
@@ -43,7 +34,9 @@ class Transformer(nn.Module):
         rope = Rope(config.rope, context, factors)
         local = rope if config.rope_local is None else Rope(config.rope_local, context)
         ropes = [local if config.is_sliding(layer) else rope for layer in range(config.n_layers)]
-        self.blocks = nn.ModuleList(build_block(weights, config, layer, ropes[layer]) for layer in range(config.n_layers))
+        self.blocks = nn.ModuleList(
+            build_block(weights, config, layer, ropes[layer]) for layer in range(config.n_layers)
+        )
         self.norm = RMSNorm(weights.vector("output_norm.weight"), config.norm_eps)
         self.head = weights.tensor("output.weight") if weights.has("output.weight") else self.embedding
 

@@ -18,7 +18,7 @@ class ExactPredictor(Predictor):
         super().__init__()
         if activation not in ZERO_BELOW_ZERO:
             raise ValueError(
-                f"the exact predictor needs a ReLU model (relu or relu2); this one uses {activation}: try gate_threshold"
+                f"the exact predictor needs a ReLU model; this one's activation is {activation}: try gate_threshold"
             )
         self.gate = gate
         self.activation = activation

@@ -98,7 +98,9 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.machine() + platform.processor()
-    return "".join(next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags", "Features"))
+    return "".join(
+        next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags", "Features")
+    )
 
 
 def _compile(compiler: str, folder: Path, library: Path) -> None:

@@ -88,7 +88,9 @@ def weights_at(row_ptr, column, mask, TYPE: tl.constexpr):
     elif TYPE == "Q5_0":
         block = row_ptr + 22 * (column // 32)
         i = column % 32
-        value = _half(block, mask) * ((_nibble(block + 6, i, mask) | _fifth_bit(block + 2, i, mask)) - 16).to(tl.float32)
+        value = _half(block, mask) * ((_nibble(block + 6, i, mask) | _fifth_bit(block + 2, i, mask)) - 16).to(
+            tl.float32
+        )
     elif TYPE == "Q5_1":
         block = row_ptr + 24 * (column // 32)
         i = column % 32

@@ -12,7 +12,15 @@ from pinfer.quant import QuantTensor
 
 @triton.jit
 def _quant_matmul_kernel(
-    x_ptr, blocks_ptr, row_stride, out_ptr, rows, columns, TYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    x_ptr,
+    blocks_ptr,
+    row_stride,
+    out_ptr,
+    rows,
+    columns,
+    TYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tl.program_id(1).to(tl.int64)

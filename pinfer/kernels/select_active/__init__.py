@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 
-from pinfer.kernels import cases
 from pinfer.kernels.registry import Op
 from pinfer.kernels.select_active.reference import Active
 from pinfer.kernels.select_active.reference import select_active as reference

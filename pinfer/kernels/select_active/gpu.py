@@ -22,7 +22,7 @@ def _select_active_kernel(
         inside = n < neurons
         threshold = tl.load(threshold_ptr + n * threshold_stride, mask=inside, other=0.0)
         active = tl.zeros([BLOCK_N], tl.int32)
-        for t in range(0, tokens):
+        for t in range(tokens):
             score = tl.load(scores_ptr + t * neurons + n, mask=inside, other=0.0)
             active |= (score > threshold).to(tl.int32)
         active = tl.where(inside, active, 0)

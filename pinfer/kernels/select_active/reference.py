@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
 
-class Active(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Active:
     """The neurons to compute.
 
     indices: int32 [N]; the first `count` are ascending neuron numbers, the rest is unspecified.

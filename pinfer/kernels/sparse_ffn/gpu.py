@@ -77,7 +77,7 @@ def _combine_kernel(partial_ptr, out_ptr, programs, size, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     row_ptr = partial_ptr + at
-    for _ in range(0, programs):
+    for _ in range(programs):
         total += tl.load(row_ptr, mask=at < size, other=0.0)
         row_ptr += size
     tl.store(out_ptr + at, total, mask=at < size)

@@ -1,0 +1,6 @@
+"""`python -m pinfer`."""
+
+from pinfer.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""pinfer generate (also `main`): continue a prompt, streaming the text."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any, Literal, cast
+
+import typer
+
+from pinfer.cli import options
+from pinfer.cli.console import console, emit_json, note, read_prompt, size
+from pinfer.config import Backend, Method, RunConfig, SamplingConfig
+from pinfer.engine import Engine, Generation, GenerationStats, load_engine
+
+# Flags of llama.cpp and PowerInfer that are accepted and do nothing until the device side exists.
+_CPU_ONLY = "this version computes on the CPU alone"
+
+Number = Annotated[int, typer.Option("-n", "--n-predict", help="Tokens to generate; -1: until the end of text.")]
+Context = Annotated[int | None, typer.Option("-c", "--ctx-size", help="Positions of context; 0: the model's limit.")]
+Predictors = Annotated[str | None, typer.Option("--predictor-path", help="Solved directory (not supported yet).")]
+GpuLayers = Annotated[int | None, typer.Option("-ngl", "--gpu-layers", "--n-gpu-layers", help="Layers on the GPU.")]
+GpuMemory = Annotated[float | None, typer.Option("--gpu-memory-gb", "--vram-budget", help="GPU memory to use, GB.")]
+Threads = Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads; the physical cores if left out.")]
+Temperature = Annotated[float, typer.Option("--temp", help="Temperature; 0 is greedy.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Nucleus mass; 1 is off.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Best k tokens; 0 is off.")]
+MinP = Annotated[float, typer.Option("--min-p", help="Least share of the best token's probability; 0 is off.")]
+Penalty = Annotated[float, typer.Option("--repeat-penalty", help="Penalty on repeated tokens; 1 is off.")]
+PenaltyWindow = Annotated[int, typer.Option("--repeat-last-n", help="Tokens the penalty looks back on.")]
+Seed = Annotated[int | None, typer.Option("-s", "--seed", help="Seed of the draws; random if left out.")]
+Stop = Annotated[list[str] | None, typer.Option("-r", "--stop", "--reverse-prompt", help="Stop at this text.")]
+Interactive = Annotated[bool, typer.Option("-i", "--interactive", help="Read prompts line by line.")]
+Numa = Annotated[Literal["none", "distribute", "isolate"], typer.Option("--numa", help="NUMA policy.")]
+MethodOption = Annotated[Method, typer.Option("--method", help="Which neurons to compute.")]
+Sparsity = Annotated[float | None, typer.Option("--sparsity", help="Share to skip with gate_threshold, such as 0.5.")]
+ColdFraction = Annotated[float, typer.Option("--cold-fraction", help="Share of neurons on a second shard.")]
+BackendOption = Annotated[Backend, typer.Option("--backend", help="Where kernels run.")]
+
+
+def generate(
+    model: options.Model = None,
+    prompt: options.Prompt = None,
+    file: options.PromptFile = None,
+    n_predict: Number = 128,
+    ctx_size: Context = None,
+    predictor_path: Predictors = None,
+    gpu_layers: GpuLayers = None,
+    gpu_memory_gb: GpuMemory = None,
+    threads: Threads = None,
+    numa: Numa = "none",
+    temp: Temperature = 0.8,
+    top_p: TopP = 0.95,
+    top_k: TopK = 40,
+    min_p: MinP = 0.05,
+    repeat_penalty: Penalty = 1.0,
+    repeat_last_n: PenaltyWindow = 64,
+    seed: Seed = None,
+    stop: Stop = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of text.")] = False,
+    special: options.Special = False,
+    interactive: Interactive = False,
+    color: Annotated[bool, typer.Option("--color", help="Set the prompt apart, on a terminal.")] = False,
+    display_prompt: Annotated[bool, typer.Option("--display-prompt/--no-display-prompt", help="Echo it.")] = True,
+    method: MethodOption = "auto",
+    sparsity: Sparsity = None,
+    cold_fraction: ColdFraction = 0.0,
+    backend: BackendOption = "auto",
+    json: options.Json = False,
+) -> None:
+    """Continue a prompt."""
+    sampling = SamplingConfig(temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed)
+    run = RunConfig(model, ctx_size, threads, backend, method, sparsity, cold_fraction, sampling)
+    if n_predict < -1:
+        raise ValueError(f"-n must be -1 (until the end of text) or at least 0, not {n_predict}")
+    if interactive and json:
+        raise ValueError("--json has no meaning with -i")
+    _check_device_flags(predictor_path, gpu_layers, gpu_memory_gb, numa)
+    text = None if interactive and prompt is None and file is None else read_prompt(prompt, file)
+    if text is None and not interactive:
+        raise ValueError("no prompt: give -p TEXT, -f FILE, or -i to type one")
+    engine = load_engine(run)
+    for remark in engine.notes:
+        note(remark)
+    task = _Task(engine, None if n_predict == -1 else n_predict, stop or [], ignore_eos, special)
+    if interactive:
+        _converse(task, text, color)
+        return
+    generation = task.continue_from(task.encode(text or ""))
+    if json:
+        for _ in generation:
+            pass
+        emit_json(_figures(engine, generation))
+        return
+    _stream(generation, text if display_prompt else None, color)
+    note(summary(generation.stats))
+
+
+class _Task:
+    """What stays the same from one prompt to the next."""
+
+    def __init__(
+        self, engine: Engine, max_tokens: int | None, stop: list[str], ignore_eos: bool, special: bool
+    ) -> None:
+        self.engine = engine
+        self._max_tokens, self._stop, self._ignore_eos, self._special = max_tokens, stop, ignore_eos, special
+
+    def encode(self, text: str, *, opening: bool = True) -> list[int]:
+        add_bos = None if opening else False
+        return self.engine.tokenizer.encode(text, add_bos=add_bos, parse_special=self._special)
+
+    def continue_from(self, ids: list[int]) -> Generation:
+        return Generation(
+            self.engine,
+            ids,
+            max_tokens=self._max_tokens,
+            sampling=self.engine.run.sampling,
+            stop=self._stop,
+            ignore_eos=self._ignore_eos,
+        )
+
+
+def _check_device_flags(
+    predictor_path: str | None, gpu_layers: int | None, gpu_memory_gb: float | None, numa: str
+) -> None:
+    if predictor_path is not None:
+        raise ValueError(
+            f"--predictor-path {predictor_path}: solved directories are not supported yet; "
+            "use --method exact (ReLU models) or --sparsity 0.5 (any model)"
+        )
+    if gpu_layers is not None:
+        if gpu_layers < -1:
+            raise ValueError(f"--gpu-layers must be at least -1, not {gpu_layers}")
+        note(f"--gpu-layers {gpu_layers} has no effect: {_CPU_ONLY}")
+    if gpu_memory_gb is not None:
+        if not 0 <= gpu_memory_gb < float("inf"):
+            raise ValueError(f"--gpu-memory-gb must be at least 0, not {gpu_memory_gb:g}")
+        note(f"--gpu-memory-gb {gpu_memory_gb:g} has no effect: {_CPU_ONLY}")
+    if numa != "none":
+        note(f"--numa {numa} has no effect yet: memory stays where the system puts it")
+
+
+def _stream(generation: Generation, echo: str | None, color: bool) -> None:
+    if echo is not None:
+        out = console()
+        out.print(echo, style="yellow" if color else None, end="", markup=False)
+    for text in generation:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def _converse(task: _Task, opening: str | None, color: bool) -> None:
+    """Prompts line by line until end of input, each continuing the text so far."""
+    history: list[int] = []
+    line = opening
+    while True:
+        if line is None:
+            try:
+                line = input("> " if sys.stdin.isatty() else "")
+            except EOFError:
+                return
+        if line:
+            generation = task.continue_from(history + task.encode(line, opening=not history))
+            _stream(generation, None, color)
+            note(summary(generation.stats))
+            history = generation.prompt + generation.ids
+        line = None
+
+
+def summary(stats: GenerationStats) -> str:
+    """The line after a generation."""
+    decode = f"decode {stats.decoded_tokens} tokens"
+    if stats.tokens_per_s:
+        decode += f" at {stats.tokens_per_s:.1f} tokens/s"
+    elif not stats.decoded_tokens:
+        decode = "nothing generated"
+    return (
+        f"prompt {stats.prompt_tokens} tokens at {stats.prefill_tokens_per_s:.1f} tokens/s | {decode} | "
+        f"density {100 * stats.density:.1f} % | peak memory {size(stats.peak_rss_bytes)}"
+    )
+
+
+def _figures(engine: Engine, generation: Generation) -> dict[str, Any]:
+    stats = generation.stats
+    return {
+        "text": generation.text,
+        "ids": generation.ids,
+        "finish_reason": cast(str, generation.finish_reason),
+        "method": engine.method,
+        "seed": generation.seed,
+        "prompt_tokens": stats.prompt_tokens,
+        "prefill_tokens_per_s": stats.prefill_tokens_per_s,
+        "decoded_tokens": stats.decoded_tokens,
+        "tokens_per_s": stats.tokens_per_s,
+        "density": stats.density,
+        "peak_rss_bytes": stats.peak_rss_bytes,
+        "vram_bytes": 0,
+    }

@@ -1,0 +1,149 @@
+"""pinfer inspect: what a GGUF holds, and where its bytes lie."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from pinfer.cli import options
+from pinfer.cli.console import console, emit_json, size
+from pinfer.config import ModelConfig
+from pinfer.engine import SHIPPED_MODEL
+from pinfer.formats.gguf import GGUFFile
+from pinfer.formats.model_config import check_tensors, model_config
+
+SHOWN_ITEMS = 6
+SHOWN_CHARACTERS = 100
+KV_BYTES = 4  # float32
+
+
+def inspect(
+    path: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="GGUF file.")] = None,
+    model: options.Model = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Show a model's configuration, metadata and memory by layer, without reading its weights."""
+    if path is not None and model is not None:
+        raise ValueError(f"one model at a time: {path} or {model}")
+    gguf = GGUFFile.open(Path(path or model or SHIPPED_MODEL))
+    config = model_config(gguf)
+    check_tensors(gguf, config)
+    if json:
+        emit_json(_figures(gguf, config, tensors))
+    else:
+        _print(gguf, config, tensors)
+
+
+def _part(name: str) -> str:
+    """Which share of the model a tensor belongs to."""
+    if not name.startswith("blk."):
+        return "embedding and head"
+    return "ffn" if ".ffn_" in name and "norm" not in name else "norms" if "norm" in name else "attention"
+
+
+def _bytes_by_part(gguf: GGUFFile) -> Counter[str]:
+    parts: Counter[str] = Counter()
+    for name, info in gguf.tensors.items():
+        parts[_part(name)] += info.nbytes
+    return parts
+
+
+def _bytes_by_layer(gguf: GGUFFile, config: ModelConfig) -> list[int]:
+    layers = [0] * config.n_layers
+    for name, info in gguf.tensors.items():
+        if name.startswith("blk."):
+            layers[int(name.split(".")[1])] += info.nbytes
+    return layers
+
+
+def _kv_bytes_per_token(config: ModelConfig) -> int:
+    return 2 * config.n_layers * config.n_kv_heads * config.head_dim * KV_BYTES
+
+
+def _types(gguf: GGUFFile) -> dict[str, int]:
+    return dict(Counter(str(info.type) for info in gguf.tensors.values()).most_common())
+
+
+def _figures(gguf: GGUFFile, config: ModelConfig, tensors: bool) -> dict[str, Any]:
+    figures: dict[str, Any] = {
+        "path": str(gguf.path),
+        "architecture": config.architecture,
+        "name": config.name,
+        "layers": config.n_layers,
+        "width": config.d_model,
+        "ffn_neurons": config.d_ffn,
+        "heads": config.n_heads,
+        "kv_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "vocabulary": config.vocab_size,
+        "context": config.context_length,
+        "activation": config.activation,
+        "weights_bytes": gguf.nbytes,
+        "bytes_by_part": dict(_bytes_by_part(gguf)),
+        "bytes_by_layer": _bytes_by_layer(gguf, config),
+        "kv_bytes_per_token": _kv_bytes_per_token(config),
+        "types": _types(gguf),
+    }
+    if tensors:
+        figures["tensors"] = {
+            name: {"shape": info.shape, "type": str(info.type), "bytes": info.nbytes}
+            for name, info in gguf.tensors.items()
+        }
+    return figures
+
+
+def _print(gguf: GGUFFile, config: ModelConfig, tensors: bool) -> None:
+    out = console()
+    out.print(f"{config.name or gguf.path.name} ({config.architecture}), GGUF v{gguf.version}", markup=False)
+    out.print(
+        f"{config.n_layers} layers of width {config.d_model}, {config.d_ffn} FFN neurons ({config.activation}), "
+        f"{config.n_heads} heads over {config.n_kv_heads} of {config.head_dim}, "
+        f"{config.vocab_size} tokens, context {config.context_length}"
+    )
+    types = ", ".join(f"{name} x{count}" for name, count in _types(gguf).items())
+    per_token = _kv_bytes_per_token(config)
+    out.print(f"weights {size(gguf.nbytes)} in {len(gguf.tensors)} tensors ({types})")
+    out.print(f"KV cache {size(per_token)} a token, {size(per_token * config.context_length)} for the whole context")
+    out.print(_memory_table(gguf, config))
+    out.print(_metadata_table(gguf))
+    if tensors:
+        out.print(_tensor_table(gguf))
+
+
+def _memory_table(gguf: GGUFFile, config: ModelConfig) -> Table:
+    table = Table("part", "bytes", "share", title="memory", title_justify="left")
+    parts = _bytes_by_part(gguf)
+    for name, n_bytes in parts.most_common():
+        table.add_row(name, size(n_bytes), f"{100 * n_bytes / parts.total():.1f} %")
+    layers = _bytes_by_layer(gguf, config)
+    table.add_row("a layer", f"{size(min(layers))} to {size(max(layers))}", "")
+    return table
+
+
+def _metadata_table(gguf: GGUFFile) -> Table:
+    table = Table("key", "value", title="metadata", title_justify="left")
+    for key, value in gguf.metadata.items():
+        table.add_row(key, _shown(value))
+    return table
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        head = ", ".join(_shown(item) for item in value[:SHOWN_ITEMS])
+        return f"[{head}{', …' if len(value) > SHOWN_ITEMS else ''}] ({len(value)})"
+    text = value if isinstance(value, str) else str(value)
+    text = text.encode("unicode_escape").decode() if not text.isprintable() else text
+    text = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"
+    return text.replace("[", r"\[") if isinstance(value, str) else text
+
+
+def _tensor_table(gguf: GGUFFile) -> Table:
+    table = Table("tensor", "shape", "type", "bytes", title="tensors", title_justify="left")
+    for name, info in gguf.tensors.items():
+        table.add_row(name, "x".join(str(n) for n in info.shape), str(info.type), size(info.nbytes))
+    return table

@@ -1,0 +1,100 @@
+"""Entry point: the list of commands, and how every failure ends.
+
+Exit codes: 0 done, 1 failed at run time, 2 bad input, 130 interrupted. A failure prints one line
+to stderr; PINFER_TRACEBACK=1 shows the Python traceback instead.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
+
+# Spinning OpenMP threads stall each other by milliseconds where cores are shared with another
+# process; sleeping ones cost some µs. Must be set before torch loads its OpenMP runtime.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import typer
+
+import pinfer
+from pinfer.cli import generate, inspect, tokenize
+
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+app = typer.Typer(
+    name="pinfer",
+    help="Sparse LLM inference: any GGUF, computing only the neurons that fire.",
+    add_completion=False,
+    no_args_is_help=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("generate")(generate.generate)
+app.command("main", hidden=True, help="Same as generate.")(generate.generate)
+app.command("inspect")(inspect.inspect)
+app.command("tokenize")(tokenize.tokenize)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pinfer {pinfer.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Sparse LLM inference: any GGUF, computing only the neurons that fire."""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command line and exit."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line; returns its exit code."""
+    if os.environ.get("PINFER_TRACEBACK"):
+        return _invoke(arguments)
+    try:
+        return _invoke(arguments)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # What is left in stdout's buffer has no reader; without this, Python complains at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _fail("the reader of the output closed it", FAILED)
+    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        return _fail(f"error: {_one_line(error)}", BAD_INPUT)
+    except (RuntimeError, OSError, MemoryError) as error:
+        return _fail(f"failed: {_one_line(error)}", FAILED)
+
+
+def _invoke(arguments: Sequence[str]) -> int:
+    try:
+        code = typer.main.get_command(app).main(
+            list(arguments) or ["--help"], prog_name="pinfer", standalone_mode=False
+        )
+        sys.stdout.flush()
+    except Exception as error:
+        # Usage errors of typer's parser, whichever version of it carries the classes.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        return _fail(f"error: {message()} (see pinfer --help)", BAD_INPUT)
+    return code if isinstance(code, int) else OK
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"pinfer: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,158 @@
+"""Generation: read the prompt in chunks, then one token at a time, streaming text."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from pinfer import sparsify
+from pinfer.config import SamplingConfig
+from pinfer.engine.load import Engine
+from pinfer.engine.sampling import Sampler
+from pinfer.engine.stop import StopStrings
+from pinfer.formats.tokenizer import StreamingDetokenizer
+
+PREFILL_CHUNK = 512  # tokens: bounds the attention mask and the widest activation
+
+FinishReason = Literal["eos", "stop", "length", "context"]
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """Figures of one generation. Densities are over decode alone, or over the prompt where nothing was decoded."""
+
+    prompt_tokens: int
+    prompt_s: float
+    decoded_tokens: int
+    decode_s: float
+    density: float
+    peak_rss_bytes: int
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        return self.prompt_tokens / self.prompt_s if self.prompt_s else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decode speed, over the tokens that took a forward pass: the first one is part of the prefill."""
+        return (self.decoded_tokens - 1) / self.decode_s if self.decode_s and self.decoded_tokens > 1 else 0.0
+
+
+class Generation:
+    """One continuation of a prompt. Iterating yields text as it becomes final; afterwards the fields are set.
+
+    prompt:     token ids, at least one, fewer than the context holds.
+    max_tokens: most tokens to draw; None goes on to the end of text or of the context.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int | None,
+        sampling: SamplingConfig,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> None:
+        context = engine.model.context
+        if not prompt:
+            raise ValueError("the prompt is empty and the model asks for no opening token: nothing to continue")
+        if len(prompt) >= context:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens, the context holds {context} with at least one to generate: "
+                f"shorten it or raise --ctx-size (the model's limit is {engine.config.context_length})"
+            )
+        if max_tokens is not None and max_tokens < 0:
+            raise ValueError(f"the number of tokens to generate must be at least 0, not {max_tokens}")
+        self._engine, self._ignore_eos = engine, ignore_eos
+        self._unbounded = max_tokens is None
+        self._limit = context - len(prompt) if max_tokens is None else max_tokens
+        self._sampler = Sampler(sampling)
+        self._stop = StopStrings(stop)
+        self._detokenizer = StreamingDetokenizer(engine.tokenizer)
+        self._cache = engine.model.new_cache()
+        self.prompt = list(prompt)
+        self.ids: list[int] = []
+        self.text = ""
+        self.finish_reason: FinishReason = "length"
+        self.seed = self._sampler.seed
+        self._prompt_s = self._decode_s = 0.0
+
+    def __iter__(self) -> Iterator[str]:
+        sparsify.reset_activity(self._engine.model)
+        logits = self._prefill()
+        if self._limit > 0:
+            sparsify.reset_activity(self._engine.model)
+            yield from self._decode(logits)
+            tail = self._stop.push(self._detokenizer.flush()) + self._stop.flush()
+            if tail:
+                self.text += tail
+                yield tail
+
+    def _prefill(self) -> torch.Tensor:
+        began = time.perf_counter()
+        tokens = torch.tensor(self.prompt)
+        for chunk in tokens.split(PREFILL_CHUNK):
+            with self._engine.computing():
+                logits = self._engine.model(chunk, self._cache, last_only=True)
+        self._prompt_s = time.perf_counter() - began
+        return logits[0]
+
+    def _decode(self, logits: torch.Tensor) -> Iterator[str]:
+        while True:
+            began = time.perf_counter()
+            token = self._sampler(logits, self.prompt + self.ids)
+            if token in self._engine.tokenizer.eog_ids and not self._ignore_eos:
+                self.finish_reason = "eos"
+                return
+            self.ids.append(token)
+            text = self._stop.push(self._detokenizer.push(token))
+            self.text += text
+            self._decode_s += time.perf_counter() - began
+            if text:
+                yield text
+            if not self._may_go_on():
+                return
+            began = time.perf_counter()
+            logits = self._step(token)
+            self._decode_s += time.perf_counter() - began
+
+    def _may_go_on(self) -> bool:
+        if self._stop.stopped:
+            self.finish_reason = "stop"
+        elif len(self.ids) >= self._limit:
+            self.finish_reason = "context" if self._unbounded else "length"
+        elif self._cache.length >= self._cache.context:
+            self.finish_reason = "context"
+        else:
+            return True
+        return False
+
+    def _step(self, token: int) -> torch.Tensor:
+        """One decode step: logits float32 [V] after `token`."""
+        with self._engine.computing():
+            return self._engine.model(torch.tensor([token]), self._cache)[0]
+
+    @property
+    def stats(self) -> GenerationStats:
+        return GenerationStats(
+            prompt_tokens=len(self.prompt),
+            prompt_s=self._prompt_s,
+            decoded_tokens=len(self.ids),
+            decode_s=self._decode_s,
+            density=sparsify.density(self._engine.model),
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+
+
+def peak_rss_bytes() -> int:
+    """Most memory this process has held, mapped files included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,116 @@
+"""From a RunConfig to a model ready to run: open the file, build it dense, make it sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pinfer.config import Method, ModelConfig, RunConfig
+from pinfer.formats.gguf import GGUFFile
+from pinfer.formats.model_config import check_tensors, model_config
+from pinfer.formats.tokenizer import Tokenizer, load_tokenizer
+from pinfer.kernels.cpp import core_problem
+from pinfer.kernels.registry import use_backend
+from pinfer.models import Transformer, build_model
+from pinfer.placement import Plan
+from pinfer.sparsify import (
+    PredictorMaker,
+    calibrate_gate_thresholds,
+    exact_predictors,
+    gate_threshold_predictors,
+    resolve_method,
+    sparsify,
+)
+
+ASSETS = Path(__file__).parent.parent / "assets"
+SHIPPED_MODEL = ASSETS / "pinfer-tiny-q8_0.gguf"
+CALIBRATION_TEXT = ASSETS / "calibration.txt"
+
+DEFAULT_CONTEXT = 4096
+CALIBRATION_TOKENS = 1024
+CALIBRATION_EXCERPTS = 4  # spread over the text, which changes its subject as it goes
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A loaded model with its tokenizer. `notes` are remarks for the user, one line each."""
+
+    run: RunConfig
+    path: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+    model: Transformer
+    method: Method
+    notes: tuple[str, ...] = ()
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Inference on this engine's backend; every forward pass belongs inside."""
+        with torch.inference_mode(), use_backend(self.run.backend):
+            yield
+
+
+def load_engine(run: RunConfig) -> Engine:
+    """Open `run.model` and apply `run.method`.
+
+    Raises FileNotFoundError or IsADirectoryError for the path, FormatError for the file's content,
+    ValueError for settings that the model cannot take.
+    """
+    path = SHIPPED_MODEL if run.model is None else Path(run.model)
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    gguf = GGUFFile.open(path)
+    config = model_config(gguf)
+    check_tensors(gguf, config)
+    method = resolve_method(run.method, config.activation, run.sparsity)
+    tokenizer = load_tokenizer(gguf.metadata)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise gguf.error(f"the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size} rows")
+    model = build_model(gguf, config, _context(run.context, config))
+    engine = Engine(run, path, config, tokenizer, model, method, _notes(run))
+    with engine.computing():
+        _make_sparse(engine)
+    return engine
+
+
+def _context(asked: int | None, config: ModelConfig) -> int:
+    if asked is None:
+        return min(DEFAULT_CONTEXT, config.context_length)
+    return asked or config.context_length
+
+
+def _notes(run: RunConfig) -> tuple[str, ...]:
+    if run.backend == "auto" and (problem := core_problem()):
+        return (f"the slower torch reference computes: {problem}",)
+    return ()
+
+
+def _make_sparse(engine: Engine) -> None:
+    if engine.method == "dense":
+        return
+    config, run = engine.config, engine.run
+    plan = Plan.uniform(config.n_layers, config.d_ffn, run.cold_fraction) if run.cold_fraction else None
+    sparsify(engine.model, _predictors(engine), plan)
+
+
+def _predictors(engine: Engine) -> PredictorMaker:
+    if engine.method == "exact":
+        return exact_predictors
+    assert engine.run.sparsity is not None
+    text = CALIBRATION_TEXT.read_text(encoding="utf-8")
+    tokens = calibration_tokens(engine.tokenizer, text, min(CALIBRATION_TOKENS, engine.model.context))
+    return gate_threshold_predictors(calibrate_gate_thresholds(engine.model, tokens, engine.run.sparsity))
+
+
+def calibration_tokens(tokenizer: Tokenizer, text: str, length: int) -> torch.Tensor:
+    """int64 [<= length]: BOS where the model uses one, then excerpts from all over the text."""
+    start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    ids = tokenizer.encode(text, add_bos=False)
+    step = max(1, (length - len(start)) // CALIBRATION_EXCERPTS)
+    stride = max(step, len(ids) // CALIBRATION_EXCERPTS)
+    excerpts = [ids[at : at + step] for at in range(0, len(ids), stride)][:CALIBRATION_EXCERPTS]
+    return torch.tensor(start + [token for excerpt in excerpts for token in excerpt])

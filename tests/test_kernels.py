@@ -1,0 +1,164 @@
+"""Every op of the registry, every implementation, every case: against the op's fp32 reference."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+import pinfer.kernels
+from pinfer.kernels import ops
+from pinfer.kernels.cpp import core_problem
+from pinfer.kernels.dequantize.reference import dequantize
+from pinfer.kernels.registry import BackendUnavailable, Op, use_backend
+from pinfer.kernels.select_active import Active
+from pinfer.quant import QUANT_TYPES, QuantTensor
+
+IMPLEMENTATIONS = ("cpu", "triton")
+
+
+def error_of(op: Op, result: Any, expected: Any) -> float:
+    """Relative RMS error; for a compaction, 0 or infinity."""
+    if isinstance(expected, Active):
+        count = int(expected.count)
+        same = int(result.count) == count and torch.equal(result.indices[:count], expected.indices[:count])
+        return 0.0 if same else float("inf")
+    assert result.shape == expected.shape
+    assert result.dtype == expected.dtype
+    scale = expected.double().square().mean().sqrt()
+    error = (result.double() - expected.double()).square().mean().sqrt()
+    return float(error / scale) if scale > 0 else float(error)
+
+
+def agrees(op: Op, backend: str, inputs: dict[str, Any]) -> bool:
+    """Whether a backend is within the op's tolerance; NaN never is."""
+    return error_of(op, op.implementation(backend)(**inputs), op.reference(**inputs)) <= op.tolerance
+
+
+def all_cases() -> list[Any]:
+    return [
+        pytest.param(op, case, id=f"{op.name}-{'-'.join(f'{k}={v}' for k, v in case.items())}")
+        for op in ops.OPS
+        for case in op.cases
+    ]
+
+
+@pytest.mark.parametrize("backend", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("op", "case"), all_cases())
+def test_implementation_agrees_with_reference(
+    op: Op, case: dict[str, Any], backend: str, generator: torch.Generator, poisoned_memory: None
+) -> None:
+    if backend == "cpu" and core_problem():
+        pytest.skip(f"no CPU core: {core_problem()}")
+    inputs = op.make_inputs(generator, **case)
+    assert agrees(op, backend, inputs)
+
+
+@pytest.mark.parametrize("backend", IMPLEMENTATIONS)
+@pytest.mark.parametrize("op", ops.OPS, ids=lambda op: op.name)
+def test_results_repeat_bitwise(op: Op, backend: str, generator: torch.Generator) -> None:
+    if backend == "cpu" and core_problem():
+        pytest.skip(f"no CPU core: {core_problem()}")
+    inputs = op.make_inputs(generator, **op.cases[0])
+    run = op.implementation(backend)
+    first, second = run(**inputs), run(**inputs)
+    if isinstance(first, Active):
+        assert error_of(op, first, second) == 0
+    else:
+        assert torch.equal(first, second)
+
+
+def test_cpu_results_do_not_depend_on_the_number_of_threads(generator: torch.Generator) -> None:
+    if core_problem():
+        pytest.skip(f"no CPU core: {core_problem()}")
+    inputs = ops.sparse_ffn.make_inputs(generator, type="Q8_0", tokens=2, neurons=431, width=640, density=0.3)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(ops.sparse_ffn.implementation("cpu")(**inputs))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_every_folder_with_a_reference_is_a_registered_op() -> None:
+    folders = {path.parent.name for path in Path(pinfer.kernels.__file__).parent.glob("*/reference.py")}
+    assert folders == {op.name for op in ops.OPS}
+
+
+@pytest.mark.parametrize("op", ops.OPS, ids=lambda op: op.name)
+@pytest.mark.parametrize("field", ["reference", "triton", "cpu", "make_inputs", "bytes_moved", "cases", "bench_cases"])
+def test_a_row_that_lacks_a_part_cannot_be_made(op: Op, field: str) -> None:
+    missing: Any = () if field.endswith("cases") else None
+    with pytest.raises(TypeError, match=op.name):
+        dataclasses.replace(op, **{field: missing})
+
+
+def test_a_loose_tolerance_is_refused() -> None:
+    with pytest.raises(ValueError, match="tests nothing"):
+        dataclasses.replace(ops.quant_matmul, tolerance=0.5)
+
+
+@pytest.mark.parametrize("op", ops.OPS, ids=lambda op: op.name)
+def test_a_wrong_kernel_is_caught(op: Op, generator: torch.Generator) -> None:
+    """The check itself: an implementation that is a little wrong must not agree."""
+
+    def slightly_wrong(**inputs: Any) -> Any:
+        result = op.reference(**inputs)
+        if isinstance(result, Active):
+            return Active(result.indices, result.count + 1)
+        return result * (1 + 10 * op.tolerance)
+
+    inputs = op.make_inputs(generator, **op.cases[0])
+    broken = dataclasses.replace(op)
+    broken.__dict__["_triton"] = slightly_wrong
+    assert not agrees(broken, "triton", inputs)
+
+
+@pytest.mark.parametrize("kind", QUANT_TYPES, ids=str)
+def test_dequantize_reference_equals_gguf_package(kind: Any) -> None:
+    """Block by block over random bytes, NaN and infinite scales included."""
+    rng = np.random.default_rng(kind.ggml_id)
+    raw = rng.integers(0, 256, (50, 3 * kind.block_bytes), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(kind.ggml_id))
+    ours = dequantize(QuantTensor(torch.from_numpy(raw), kind, 3 * kind.block_size))
+    np.testing.assert_array_equal(ours.numpy(), expected.reshape(ours.shape))
+
+
+@pytest.mark.parametrize("op", ops.OPS, ids=lambda op: op.name)
+def test_bytes_moved_is_positive(op: Op, generator: torch.Generator) -> None:
+    assert op.bytes_moved(**op.make_inputs(generator, **op.cases[0])) > 0
+
+
+def test_strided_rows_are_read_in_place(generator: torch.Generator) -> None:
+    """A view of every other row, as shards of one matrix are, needs no copy."""
+    inputs = ops.quant_matmul.make_inputs(generator, type="Q4_K", tokens=1, rows=10, columns=256)
+    every_other = inputs["weight"][::2]
+    assert not every_other.blocks.is_contiguous()
+    for backend in ("cpu", "triton"):
+        if backend == "cpu" and core_problem():
+            continue
+        assert agrees(ops.quant_matmul, backend, {**inputs, "weight": every_other})
+
+
+def test_forced_backend_is_used_and_restored(generator: torch.Generator) -> None:
+    inputs = ops.select_active.make_inputs(generator, tokens=1, neurons=8, density=0.5)
+    with use_backend("reference"):
+        assert int(ops.select_active(**inputs).indices[-1]) == -1  # the reference's filler
+    with pytest.raises(ValueError, match="opencl"), use_backend("opencl"):
+        pass
+
+
+def test_an_implementation_that_cannot_load_says_so() -> None:
+    broken = dataclasses.replace(ops.dequantize, triton="pinfer.kernels.no_such_module:dequantize")
+    with pytest.raises(BackendUnavailable, match="no_such_module"):
+        broken.implementation("triton")
