@@ -122,11 +122,13 @@ class RunConfig:
     `gate_threshold` (CATS) needs `sparsity`; `auto` is `exact` for ReLU models, and otherwise
     `gate_threshold` where a sparsity is given, else `dense`. `cold_fraction` puts that share of
     each layer's neurons on a second shard (HybridFFN). `model` None is the shipped one; `context`
-    None is the model's own limit or 4096, whichever is less, and 0 the model's limit.
+    None is the model's own limit or 4096, whichever is less, and 0 the model's limit. `activation`
+    overrides the file's, for ReLU models whose converter had no key for it.
     """
 
     model: str | None = None
     context: int | None = None
+    activation: Activation | None = None
     threads: int | None = None
     backend: Backend = "auto"
     method: Method = "auto"
@@ -142,9 +144,14 @@ class RunConfig:
         if self.sparsity is not None:
             _in_range("sparsity", self.sparsity, 0, 0.99)
         _in_range("cold_fraction", self.cold_fraction, 0, 1)
-        for name, choices in (("method", get_args(Method)), ("backend", get_args(Backend))):
+        choices_of = {
+            "method": get_args(Method),
+            "backend": get_args(Backend),
+            "activation": (None, *get_args(Activation)),
+        }
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(choices)}")
+                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(filter(None, choices))}")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], **overrides: Any) -> RunConfig:

@@ -9,7 +9,7 @@ import typer
 
 from pinfer.cli import options
 from pinfer.cli.console import console, emit_json, note, read_prompt, size
-from pinfer.config import Backend, Method, RunConfig, SamplingConfig
+from pinfer.config import Activation, Backend, Method, RunConfig, SamplingConfig
 from pinfer.engine import Engine, Generation, GenerationStats, load_engine
 
 # Flags of llama.cpp and PowerInfer that are accepted and do nothing until the device side exists.
@@ -34,6 +34,7 @@ Numa = Annotated[Literal["none", "distribute", "isolate"], typer.Option("--numa"
 MethodOption = Annotated[Method, typer.Option("--method", help="Which neurons to compute.")]
 Sparsity = Annotated[float | None, typer.Option("--sparsity", help="Share to skip with gate_threshold, such as 0.5.")]
 ColdFraction = Annotated[float, typer.Option("--cold-fraction", help="Share of neurons on a second shard.")]
+ActivationOption = Annotated[Activation | None, typer.Option("--activation", help="Override the file's activation.")]
 BackendOption = Annotated[Backend, typer.Option("--backend", help="Where kernels run.")]
 
 
@@ -64,12 +65,23 @@ def generate(
     method: MethodOption = "auto",
     sparsity: Sparsity = None,
     cold_fraction: ColdFraction = 0.0,
+    activation: ActivationOption = None,
     backend: BackendOption = "auto",
     json: options.Json = False,
 ) -> None:
     """Continue a prompt."""
     sampling = SamplingConfig(temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed)
-    run = RunConfig(model, ctx_size, threads, backend, method, sparsity, cold_fraction, sampling)
+    run = RunConfig(
+        model=model,
+        context=ctx_size,
+        activation=activation,
+        threads=threads,
+        backend=backend,
+        method=method,
+        sparsity=sparsity,
+        cold_fraction=cold_fraction,
+        sampling=sampling,
+    )
     if n_predict < -1:
         raise ValueError(f"-n must be -1 (until the end of text) or at least 0, not {n_predict}")
     if interactive and json:

@@ -16,7 +16,6 @@ from pinfer.config import SamplingConfig
 from pinfer.engine.load import Engine
 from pinfer.engine.sampling import Sampler
 from pinfer.engine.stop import StopStrings
-from pinfer.formats.tokenizer import StreamingDetokenizer
 
 PREFILL_CHUNK = 512  # tokens: bounds the attention mask and the widest activation
 
@@ -76,7 +75,7 @@ class Generation:
         self._limit = context - len(prompt) if max_tokens is None else max_tokens
         self._sampler = Sampler(sampling)
         self._stop = StopStrings(stop)
-        self._detokenizer = StreamingDetokenizer(engine.tokenizer)
+        self._detokenizer = engine.tokenizer.stream(after=prompt)
         self._cache = engine.model.new_cache()
         self.prompt = list(prompt)
         self.ids: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,6 +67,8 @@ def load_engine(run: RunConfig) -> Engine:
     gguf = GGUFFile.open(path)
     config = model_config(gguf)
     check_tensors(gguf, config)
+    if run.activation is not None:
+        config = dataclasses.replace(config, activation=run.activation)
     method = resolve_method(run.method, config.activation, run.sparsity)
     tokenizer = load_tokenizer(gguf.metadata)
     if tokenizer.vocab_size > config.vocab_size:

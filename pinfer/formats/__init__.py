@@ -1,0 +1,1 @@
+"""Files in and out: GGUF, its model configuration, tokenizers and templates."""

@@ -1,0 +1,173 @@
+"""Text to token ids and back, built from the metadata of a GGUF file.
+
+Token ids are those of llama.cpp. Decoding is the exact inverse of encoding, byte for byte, with
+one exception that lies in the format: SentencePiece writes a space as "▁" (U+2581), so for
+models "llama" a literal "▁" in a text comes back as a space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, SupportsIndex
+
+from pinfer.formats.detokenizer import Detokenizer, StreamingDetokenizer
+from pinfer.formats.errors import FormatError, shown
+from pinfer.formats.tokenizer_bpe import BpeModel, find_pre_tokenizer
+from pinfer.formats.tokenizer_special import SpecialSplitter
+from pinfer.formats.tokenizer_spm import SpmModel
+from pinfer.formats.tokenizer_vocab import KEY, TokenType, Vocabulary, read_strings, read_value, read_vocabulary
+
+__all__ = ["StreamingDetokenizer", "Tokenizer", "load_tokenizer"]
+
+
+class _TextModel(Protocol):
+    def encode(self, text: str, at_start: bool) -> list[int]: ...
+
+
+class Tokenizer:
+    """The tokenizer of one model; made by `load_tokenizer`.
+
+    `add_bos` and `add_eos` say what the model wants around a text; `encode` follows the former,
+    the latter is for whoever builds training or embedding inputs. `eog_ids` end a generation.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        model: _TextModel,
+        detokenizer: Detokenizer,
+        *,
+        add_bos: bool,
+        add_eos: bool,
+        chat_template: str | None,
+        strip_after: Iterable[int] = (),
+    ) -> None:
+        self.bos_id = vocabulary.bos_id
+        self.eos_id = vocabulary.eos_id
+        self.eog_ids = vocabulary.eog_ids
+        self.add_bos = add_bos
+        self.add_eos = add_eos
+        self.chat_template = chat_template
+        self._tokens = vocabulary.tokens
+        self._model = model
+        self._detokenizer = detokenizer
+        user_defined = vocabulary.ids_of_type(TokenType.USER_DEFINED)
+        special = vocabulary.ids_of_type(TokenType.USER_DEFINED, TokenType.CONTROL, TokenType.UNKNOWN)
+        # Plain text keeps every byte, so only parsed special tokens may swallow what is behind them.
+        self._split_added = SpecialSplitter({self._tokens[i]: i for i in user_defined})
+        self._split_special = SpecialSplitter({self._tokens[i]: i for i in special}, strip_after)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._tokens)
+
+    def encode(self, text: str, *, add_bos: bool | None = None, parse_special: bool = False) -> list[int]:
+        """The ids of `text`, behind a BOS token if `add_bos` (None: if the model asks for one).
+
+        Text that spells a control token, such as "<end_of_turn>", is plain text unless
+        `parse_special`. Raises ValueError for a lone surrogate, which no UTF-8 can carry, and for
+        `add_bos` where the model has no BOS token.
+        """
+        _check_unicode(text)
+        ids: list[int] = []
+        if self.add_bos if add_bos is None else add_bos:
+            if self.bos_id is None:
+                raise ValueError("add_bos was asked for, but this model has no BOS token")
+            ids.append(self.bos_id)
+        splitter = self._split_special if parse_special else self._split_added
+        at_start = True
+        for part in splitter.split(text):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                ids.extend(self._model.encode(part, at_start))
+            at_start = isinstance(part, int)
+        return ids
+
+    def decode(self, ids: Iterable[SupportsIndex], *, skip_special: bool = False) -> str:
+        """The text of `ids`, with U+FFFD for bytes that are no UTF-8; ValueError for an id outside the vocabulary.
+
+        `skip_special` leaves out control and unknown tokens, which else appear as their texts.
+        """
+        return self.decode_bytes(ids, skip_special=skip_special).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Iterable[SupportsIndex], *, skip_special: bool = False) -> bytes:
+        """The bytes of `ids`; `decode_bytes(encode(text, add_bos=False)) == text.encode()`."""
+        return b"".join(self._detokenizer.pieces(ids, skip_special))
+
+    def stream(self, *, skip_special: bool = False, after: Sequence[int] = ()) -> StreamingDetokenizer:
+        """A decoder of ids as they are generated, which continue the text of `after`."""
+        return StreamingDetokenizer(self._detokenizer, skip_special=skip_special, after=after)
+
+    def token_text(self, token_id: SupportsIndex) -> str:
+        """The token as the vocabulary spells it, such as "▁the" or "Ġthe"; ValueError for an id outside it."""
+        return self._tokens[self._detokenizer.check_id(token_id)]
+
+
+def load_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that the `tokenizer.ggml.*` keys of a GGUF file describe.
+
+    Models "llama" (SentencePiece BPE) and "gpt2" (byte-level BPE) are supported. Raises
+    FormatError, whose message starts with the key, for any other and for a faulty vocabulary.
+    """
+    kind = read_value(metadata, "model", str)
+    if kind not in (None, "llama", "gpt2"):
+        raise FormatError(f"{KEY}model {shown(kind)} is not supported; 'llama' and 'gpt2' are")
+    vocabulary = read_vocabulary(metadata)
+    if vocabulary.model == "llama":
+        space_prefix = _read_flag(metadata, "add_space_prefix", True)
+        model: _TextModel = SpmModel(vocabulary, space_prefix)
+        default_bos = True
+    else:
+        space_prefix = False
+        pre = find_pre_tokenizer(read_value(metadata, "pre", str))
+        model = BpeModel(vocabulary, read_strings(metadata, "merges"), pre)
+        default_bos = pre.add_bos
+    return Tokenizer(
+        vocabulary,
+        model,
+        Detokenizer(vocabulary, strips_space=space_prefix),
+        add_bos=_read_add_bos(metadata, vocabulary, default_bos),
+        add_eos=_read_flag(metadata, "add_eos_token", False),
+        chat_template=_read_chat_template(metadata),
+        strip_after=_strip_after(metadata, vocabulary),
+    )
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise ValueError(
+            f"text holds the lone surrogate U+{code:04X} at index {error.start}; it is not Unicode"
+        ) from None
+
+
+def _read_flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = read_value(metadata, name, bool)
+    return default if value is None else value
+
+
+def _read_add_bos(metadata: Mapping[str, Any], vocabulary: Vocabulary, default: bool) -> bool:
+    """Whether prompts start with BOS; FormatError if the file asks for one that it does not name."""
+    asked = _read_flag(metadata, "add_bos_token", False)
+    if asked and vocabulary.bos_id is None:
+        raise FormatError(f"{KEY}add_bos_token is true, but there is no {KEY}bos_token_id")
+    return _read_flag(metadata, "add_bos_token", default) and vocabulary.bos_id is not None
+
+
+def _read_chat_template(metadata: Mapping[str, Any]) -> str | None:
+    template = metadata.get("tokenizer.chat_template")
+    if template is None or isinstance(template, str):
+        return template
+    raise FormatError(f"tokenizer.chat_template is {shown(str(template))}, not a string")
+
+
+def _strip_after(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> list[int]:
+    """Phi-3's special tokens swallow the whitespace behind them; GGUF has no key for that, so its name tells."""
+    name = str(metadata.get("general.name", "")).lower()
+    if "phi-3" not in name and "phi3" not in name:
+        return []
+    special = vocabulary.ids_of_type(TokenType.USER_DEFINED, TokenType.CONTROL, TokenType.UNKNOWN)
+    return [i for i in special if vocabulary.tokens[i] not in ("<unk>", "<s>", "<|endoftext|>")]
