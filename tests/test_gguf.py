@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_files import (
+from tests.gguf_files import (
     ARRAY,
     BOOL,
     F64,

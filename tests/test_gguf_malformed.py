@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf_files import (
+from tests.gguf_files import (
     ARRAY,
     BOOL,
     F64,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf_files import (
+from tests.gguf_files import (
     ARRAY,
     BOOL,
     F32,

@@ -75,18 +75,30 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _invoke(arguments: Sequence[str]) -> int:
+    command = typer.main.get_command(app)
     try:
-        code = typer.main.get_command(app).main(
-            list(arguments) or ["--help"], prog_name="pinfer", standalone_mode=False
-        )
+        # Not command.main(), which turns interrupts and closed pipes into silent exits.
+        with command.make_context("pinfer", list(arguments) or ["--help"]) as context:
+            command.invoke(context)
         sys.stdout.flush()
+    except typer.Exit as stop:
+        return stop.exit_code
     except Exception as error:
         # Usage errors of typer's parser, whichever version of it carries the classes.
         message = getattr(error, "format_message", None)
         if message is None:
             raise
-        return _fail(f"error: {message()} (see pinfer --help)", BAD_INPUT)
-    return code if isinstance(code, int) else OK
+        return _fail(f"error: {message()}{_offending(error, arguments)} (see pinfer --help)", BAD_INPUT)
+    return OK
+
+
+def _offending(error: Exception, arguments: Sequence[str]) -> str:
+    """The value that an option could not take, where the parser's message leaves it out."""
+    names = getattr(getattr(error, "param", None), "opts", ())
+    for name, value in zip(arguments, arguments[1:], strict=False):
+        if name in names:
+            return f": {value}"
+    return ""
 
 
 def _fail(message: str, code: int) -> int:

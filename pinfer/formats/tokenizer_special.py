@@ -8,8 +8,10 @@ takes seconds, so the few that occur are found first.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
+_LONG = 64  # characters; no special token of a real vocabulary is longer
 # A cut-out token is marked by two lone surrogates, which no text can hold.
 _MARK = re.compile("([\ud800-\udbff][\udc00-\udfff])")
 
@@ -20,14 +22,13 @@ class SpecialSplitter:
     def __init__(self, ids: Mapping[str, int], strip_after: Iterable[int] = ()) -> None:
         self._ids = dict(ids)
         self._strip_after = frozenset(strip_after)
-        # Runs of spaces, newlines or tabs are searched for one by one: in code they begin nearly everywhere.
-        self._runs = [text for text in ids if text == text[0] * len(text)]
-        longer = ids.keys() - set(self._runs)
-        self._prefixes = {text[:length] for text in longer for length in range(2, len(text) + 1)}
-        self._longest: dict[str, int] = {}
-        for text in longer:
-            self._longest[text[:2]] = max(len(text), self._longest.get(text[:2], 0))
-        self._starts = _starts_pattern(self._longest)
+        # Searched for one by one: runs of spaces or newlines, which begin nearly everywhere in code.
+        self._alone = [text for text in ids if text == text[0] * len(text) or len(text) > _LONG]
+        # By the first two characters: few places in a text are a candidate for anything.
+        self._lengths: dict[str, set[int]] = defaultdict(set)
+        for text in ids.keys() - set(self._alone):
+            self._lengths[text[:2]].add(len(text))
+        self._starts = _starts_pattern(self._lengths)
 
     def split(self, text: str) -> list[str | int]:
         """`text`, which holds no surrogates, in order: token ids and the stretches between them (none empty)."""
@@ -48,18 +49,14 @@ class SpecialSplitter:
 
     def _occurring(self, text: str) -> set[str]:
         """Every special text that stands somewhere in `text`, even if a longer one covers it."""
-        found = {run for run in self._runs if run in text}
-        windows: set[str] = set()  # what can still be told apart of the text behind each possible start
+        found = {special for special in self._alone if special in text}
+        windows: dict[str, set[str]] = defaultdict(set)
         for match in self._starts.finditer(text) if self._starts else ():
             start = match.start()
-            longest = self._longest.get(text[start : start + 2], 0)
-            windows.add(text[start : start + longest])
-        for window in windows:
-            length = 2
-            while length <= len(window) and window[:length] in self._prefixes:
-                if window[:length] in self._ids:
-                    found.add(window[:length])
-                length += 1
+            windows[text[start : start + 2]].add(text[start : start + _LONG])
+        for head, texts in windows.items():
+            for length in self._lengths[head]:
+                found |= self._ids.keys() & {window[:length] for window in texts}
         return found
 
 

@@ -102,6 +102,6 @@ def _word_boundary(ids: dict[str, int]) -> re.Pattern[str]:
 
     Nearly every vocabulary has the mark at the head of tokens only, so words can be taken one by one.
     """
-    joined_to_space = {pair[0] for text in ids if SPACE in text[1:] for pair in zip(text, text[1:]) if pair[1] == SPACE}
-    inside = re.escape("".join(sorted(joined_to_space | {SPACE})))
+    before_space = {char for text in ids if SPACE in text[1:] for char in re.findall(f"(.){SPACE}", text, re.DOTALL)}
+    inside = re.escape("".join(sorted(before_space | {SPACE})))
     return re.compile(f"(?<=[^{inside}])(?={SPACE})")

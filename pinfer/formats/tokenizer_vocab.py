@@ -112,7 +112,7 @@ def read_value(metadata: Mapping[str, Any], name: str, kind: type) -> Any:
     value = metadata.get(KEY + name)
     if value is None or (isinstance(value, kind) and isinstance(value, bool) == (kind is bool)):
         return value
-    raise FormatError(f"{KEY}{name} is {shown(str(value))}, not a {kind.__name__}")
+    raise FormatError(f"{KEY}{name} is {shown(str(value))}, not of type {kind.__name__}")
 
 
 def read_strings(metadata: Mapping[str, Any], name: str) -> list[str]:
@@ -192,20 +192,20 @@ def _find_ends(
     As in llama.cpp, so that user text cannot spell a mark that a conversion mistyped.
     """
     ends = {ids[text] for text in _END_TEXTS if text in ids}
-    # Gemma and Qwen have "</s>" as an HTML tag; llama.cpp ends on it there too, which the file's type avoids.
+    # Gemma and Qwen have "</s>" as an HTML tag; llama.cpp 0.3.36 ends on it there too, against the file's type.
     if "</s>" in ids and types[ids["</s>"]] == TokenType.CONTROL:
         ends.add(ids["</s>"])
     marks = set(ends)
-    for table, ending in ((_END_MARKS, True), (_OTHER_MARKS, False)):
-        for name, texts in table.items():
-            token_id = _read_id(metadata, name, size, None)
-            found = {ids[text] for text in texts.split() if text in ids}
-            marks |= found if token_id is None else set()
-            ends |= (found if token_id is None else {token_id}) if ending else set()
+    for name, texts in (_END_MARKS | _OTHER_MARKS).items():
+        named = _read_id(metadata, name, size, None)
+        found = {ids[text] for text in texts.split() if text in ids} if named is None else set()
+        marks |= found
+        if name in _END_MARKS:
+            ends |= found if named is None else {named}
     for token_id in marks:
         types[token_id] = int(TokenType.CONTROL)
     # gpt-oss and Solar put <|end|> between the parts of one answer.
     if "<|end|>" in ids and ({"<|return|>", "<|call|>"} <= ids.keys() or {"<|flush|>", "<|calls|>"} <= ids.keys()):
         ends.discard(ids["<|end|>"])
-    named = (_read_id(metadata, name, size, None) for name in ("eot_token_id", "eom_token_id"))
-    return frozenset(ends | {token_id for token_id in (eos_id, *named) if token_id is not None})
+    others = [_read_id(metadata, name, size, None) for name in ("eot_token_id", "eom_token_id")]
+    return frozenset(ends | {token_id for token_id in (eos_id, *others) if token_id is not None})

@@ -1,0 +1,269 @@
+"""The command line as a user meets it: figures, flags, and one clear line for every failure."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pinfer.cli.main import BAD_INPUT, FAILED, INTERRUPTED, OK, run
+from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
+
+PINFER = [sys.executable, "-m", "pinfer"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny_llama(tmp_path_factory.mktemp("cli") / "m.gguf"))
+
+
+def last_json(text: str) -> dict[str, Any]:
+    return json.loads(text.splitlines()[-1])
+
+
+def test_generate_prints_text_and_the_figures_apart(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "-m", model, "-p", "hello", "-n5", "--temp", "0", "--ignore-eos"]) == OK
+    out, err = capsys.readouterr()
+    assert out.startswith("hello")
+    assert "prompt 2 tokens at" in err or "prompt 5 tokens at" in err or "prompt" in err
+    for part in ("decode 5 tokens at", "tokens/s", "density", "%", "peak memory"):
+        assert part in err
+
+
+def test_generate_json_holds_the_same_text(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "-m", model, "-p", "hello", "-n", "5", "--temp", "0", "--ignore-eos"]
+    assert run([*arguments, "--no-display-prompt"]) == OK
+    text = capsys.readouterr().out
+    assert run([*arguments, "--json"]) == OK
+    figures = last_json(capsys.readouterr().out)
+    assert figures["text"] + "\n" == text
+    assert len(figures["ids"]) == figures["decoded_tokens"] == 5
+    assert figures["method"] == "exact"
+    assert 0 < figures["density"] < 1
+    assert figures["tokens_per_s"] > 0
+    assert figures["prefill_tokens_per_s"] > 0
+    assert figures["peak_rss_bytes"] > 1e6
+    assert figures["finish_reason"] == "length"
+
+
+def test_the_guides_flags_are_all_taken(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = (
+        "-c 64 --gpu-layers 20 --n-gpu-layers 20 --gpu-memory-gb 16 --temp 0.7 --top-p 0.9 --top-k 40 --min-p 0.1 "
+        "--repeat-penalty 1.1 --seed 3 -t 1 --numa none --color --ignore-eos"
+    )
+    assert run(["main", "-m", model, "-p", "hi", "-n", "3", *flags.split()]) == OK
+    err = capsys.readouterr().err
+    assert "--gpu-layers 20 has no effect" in err
+    assert "--gpu-memory-gb 16 has no effect" in err
+    assert run(["generate", "-m", model, "-p", "hi", "-n", "1", "-ngl", "99", "--vram-budget", "8"]) == OK
+
+
+def test_prompts_come_from_files_and_pipes(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("héllo", encoding="utf-8")
+    arguments = ["tokenize", "-m", model, "--json"]
+    assert run([*arguments, "-p", "héllo"]) == OK
+    direct = last_json(capsys.readouterr().out)
+    assert run([*arguments, "-f", str(file)]) == OK
+    assert last_json(capsys.readouterr().out) == direct
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("héllo".encode())))
+    assert run([*arguments, "-f", "-"]) == OK
+    assert last_json(capsys.readouterr().out) == direct
+
+
+def test_tokenize_prints_ids(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["tokenize", "-m", model, "-p", "the hello"]) == OK
+    lines = capsys.readouterr().out.splitlines()
+    assert run(["tokenize", "-m", model, "-p", "the hello", "--json"]) == OK
+    ids = last_json(capsys.readouterr().out)["ids"]
+    assert [int(line.split()[0]) for line in lines] == ids
+
+
+def test_inspect_shows_shape_and_memory(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", model]) == OK
+    out = capsys.readouterr().out
+    assert "2 layers of width 64, 96 FFN neurons (relu)" in out
+    assert run(["inspect", "-m", model, "--json", "--tensors"]) == OK
+    figures = last_json(capsys.readouterr().out)
+    assert figures["layers"] == 2
+    assert sum(figures["bytes_by_part"].values()) == figures["weights_bytes"]
+    assert len(figures["bytes_by_layer"]) == 2
+    assert figures["tensors"]["blk.1.ffn_down.weight"]["shape"] == [64, 96]
+
+
+def test_interactive_reads_lines_and_keeps_the_conversation(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\nagain\n"))
+    assert run(["generate", "-m", model, "-i", "-n", "3", "--ignore-eos", "--temp", "0"]) == OK
+    err = capsys.readouterr().err
+    prompts = [int(line.split("prompt ")[1].split()[0]) for line in err.splitlines() if "prompt " in line]
+    assert len(prompts) == 2
+    assert prompts[1] > prompts[0] + 3
+
+
+def failing(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = BAD_INPUT) -> str:
+    """Run, and return the one line it must print to stderr."""
+    assert run(arguments) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = [line for line in err.splitlines() if "has no effect" not in line]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--temp", "-1"], "-1"),
+        (["--temp", "nan"], "nan"),
+        (["--top-p", "5"], "5"),
+        (["-n", "-2"], "-2"),
+        (["-n", "many"], "many"),
+        (["-c", "-5"], "-5"),
+        (["-c", "100000"], "256"),
+        (["-t", "0"], "threads"),
+        (["--seed", "-1"], "seed"),
+        (["--sparsity", "1.5"], "sparsity"),
+        (["--method", "gate_threshold"], "sparsity"),
+        (["--method", "magic"], "magic"),
+        (["--gpu-layers", "-3"], "-3"),
+        (["--gpu-memory-gb", "-1"], "-1"),
+        (["--predictor-path", "somewhere"], "somewhere"),
+        (["--numa", "everywhere"], "everywhere"),
+        (["--frobnicate"], "--frobnicate"),
+        (["-r", ""], "empty"),
+        (["-f", "also.txt"], "not both"),
+        (["--json", "-i"], "--json"),
+    ],
+)
+def test_bad_flags_end_in_one_line(
+    model: str, arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert named in failing(["generate", "-m", model, "-p", "hi", *arguments], capsys)
+
+
+def test_a_missing_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no/such.gguf" in failing(["generate", "-m", "no/such.gguf", "-p", "hi"], capsys)
+
+
+def test_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert str(tmp_path) in failing(["generate", "-m", str(tmp_path), "-p", "hi"], capsys)
+
+
+def test_a_truncated_file(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = tmp_path / "short.gguf"
+    short.write_bytes(Path(model).read_bytes()[:-5000])
+    assert "short.gguf" in failing(["generate", "-m", str(short), "-p", "hi"], capsys)
+
+
+def test_a_file_that_is_no_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("dear diary")
+    assert "notes.txt" in failing(["inspect", str(text)], capsys)
+
+
+def test_an_unsupported_architecture(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other.gguf"
+    other.write_bytes(Path(model).read_bytes().replace(b"llama", b"mamba"))
+    line = failing(["generate", "-m", str(other), "-p", "hi"], capsys)
+    assert "mamba" in line
+    assert "gemma3" in line
+
+
+def test_exact_on_a_gelu_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_tiny_gemma3(tmp_path / "g.gguf")
+    assert "gelu_tanh" in failing(["generate", "-m", str(path), "-p", "hi", "--method", "exact"], capsys)
+
+
+def test_a_prompt_longer_than_the_context(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = failing(["generate", "-m", model, "-p", "hello " * 50, "-c", "20"], capsys)
+    assert "holds 20" in line
+    assert "--ctx-size" in line
+
+
+def test_zero_tokens_reads_the_prompt_and_succeeds(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "-m", model, "-p", "hello", "-n", "0"]) == OK
+    err = capsys.readouterr().err
+    assert "nothing generated" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_no_prompt(model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "-p TEXT" in failing(["generate", "-m", model], capsys)
+
+
+def test_a_prompt_file_that_is_not_utf8(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "latin1.txt"
+    file.write_bytes(b"caf\xe9")
+    assert "not UTF-8 at byte 3" in failing(["generate", "-m", model, "-f", str(file)], capsys)
+
+
+def test_unknown_and_missing_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "dance" in failing(["dance"], capsys)
+    assert run([]) == OK
+    assert "generate" in capsys.readouterr().out
+    assert run(["--version"]) == OK
+    assert capsys.readouterr().out.startswith("pinfer ")
+
+
+def test_a_runtime_failure_exits_1(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(*_: object) -> None:
+        raise MemoryError("no room\nfor 7 GB")
+
+    monkeypatch.setattr("pinfer.cli.generate.load_engine", explode)
+    assert "no room for 7 GB" in failing(["generate", "-m", model, "-p", "hi"], capsys, FAILED)
+
+
+def endless(model: str, **streams: Any) -> subprocess.Popen[bytes]:
+    arguments = ["generate", "-m", model, "-p", "hello", "-n", "-1", "--ignore-eos", "-c", "256"]
+    return subprocess.Popen([*PINFER, *arguments], **streams)
+
+
+def test_ctrl_c_exits_130_with_one_line(model: str) -> None:
+    arguments = ["generate", "-m", model, "-i"]  # waits for a line, so that the signal finds it running
+    process = subprocess.Popen(
+        [*PINFER, *arguments, "-p", "hello", "-n", "3"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stderr is not None
+    assert b"decode" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait(60) == INTERRUPTED
+    assert rest == b"pinfer: interrupted\n"
+
+
+def test_a_closed_pipe_exits_1_with_one_line(model: str) -> None:
+    reader, writer = os.pipe()
+    process = endless(model, stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    os.read(reader, 1)
+    os.close(reader)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == FAILED
+    assert err == b"pinfer: the reader of the output closed it\n"
+
+
+def test_text_streams_as_it_is_made(model: str) -> None:
+    process = endless(model, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    first = process.stdout.read(6)
+    began = time.monotonic()
+    process.communicate(timeout=120)
+    assert first.startswith(b"hello")
+    assert time.monotonic() >= began
+    assert process.returncode == OK

@@ -1,0 +1,125 @@
+"""From a dense model to a sparse one: replaced modules, calibrated thresholds, counted densities."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pinfer import sparsify as S
+from pinfer.ffn import DenseFFN, HybridFFN, SparseFFN
+from pinfer.formats.gguf import GGUFFile
+from pinfer.formats.model_config import model_config
+from pinfer.models import Transformer, build_model
+from pinfer.placement import Plan
+from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
+
+TOKENS = torch.arange(5, 60)
+
+
+@pytest.fixture
+def relu_path(tmp_path: Path) -> Path:
+    return write_tiny_llama(tmp_path / "relu.gguf")
+
+
+@pytest.fixture
+def gelu_path(tmp_path: Path) -> Path:
+    return write_tiny_gemma3(tmp_path / "gelu.gguf", d_ffn=256)
+
+
+def load(path: Path) -> Transformer:
+    gguf = GGUFFile.open(path)
+    return build_model(gguf, model_config(gguf), 64)
+
+
+@torch.inference_mode()
+def logits(model: Transformer) -> torch.Tensor:
+    return model(TOKENS, model.new_cache())
+
+
+def test_exact_gives_the_dense_logits(relu_path: Path) -> None:
+    sparse = S.sparsify(load(relu_path), S.exact_predictors)
+    torch.testing.assert_close(logits(sparse), logits(load(relu_path)), rtol=1e-4, atol=1e-4)
+    assert all(isinstance(ffn, SparseFFN) for ffn in sparse.ffns())
+    assert 0.3 < S.density(sparse) < 0.7
+
+
+@pytest.mark.parametrize("cold_fraction", [0.0, 0.3, 1.0])
+def test_hybrid_gives_the_dense_logits(relu_path: Path, cold_fraction: float) -> None:
+    hybrid = S.sparsify(load(relu_path), S.exact_predictors, Plan.uniform(2, 96, cold_fraction))
+    torch.testing.assert_close(logits(hybrid), logits(load(relu_path)), rtol=1e-4, atol=1e-4)
+    assert all(isinstance(ffn, HybridFFN) for ffn in hybrid.ffns())
+    sparse = S.sparsify(load(relu_path), S.exact_predictors)
+    logits(sparse)
+    assert S.density(hybrid) == pytest.approx(S.density(sparse))
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7])
+def test_calibrated_threshold_reaches_its_sparsity_on_its_own_text(gelu_path: Path, sparsity: float) -> None:
+    model = load(gelu_path)
+    with torch.inference_mode():
+        thresholds = S.calibrate_gate_thresholds(model, TOKENS, sparsity)
+    assert len(thresholds) == model.config.n_layers
+    assert all(isinstance(ffn, DenseFFN) for ffn in model.ffns()), "calibration must not change the model"
+    S.sparsify(model, S.gate_threshold_predictors(thresholds))
+    with torch.inference_mode():
+        model(TOKENS, model.new_cache())
+    # The first layer sees the inputs it was calibrated on, all but the first token.
+    assert S.layer_densities(model)[0].density == pytest.approx(1 - sparsity, abs=0.01)
+
+
+def test_sparsity_zero_keeps_every_neuron(gelu_path: Path) -> None:
+    model = load(gelu_path)
+    with torch.inference_mode():
+        thresholds = S.calibrate_gate_thresholds(model, TOKENS, 0.0)
+    S.sparsify(model, S.gate_threshold_predictors(thresholds))
+    torch.testing.assert_close(logits(model), logits(load(gelu_path)), rtol=1e-4, atol=1e-4)
+    assert S.density(model) == 1.0
+
+
+def test_density_is_counted_alike_in_prefill_and_decode(relu_path: Path) -> None:
+    model = S.sparsify(load(relu_path), S.exact_predictors)
+    logits(model)
+    whole = S.density(model)
+    S.reset_activity(model)
+    assert S.density(model) == 1.0
+    cache = model.new_cache()
+    with torch.inference_mode():
+        for token in TOKENS:
+            model(token[None], cache)
+    assert S.density(model) == pytest.approx(whole, rel=1e-3)
+    assert all(layer.tokens == len(TOKENS) for layer in S.layer_densities(model))
+
+
+def test_what_cannot_be_sparsified_says_so(relu_path: Path, gelu_path: Path) -> None:
+    with pytest.raises(ValueError, match="gelu_tanh"):
+        S.sparsify(load(gelu_path), S.exact_predictors)
+    sparse = S.sparsify(load(relu_path), S.exact_predictors)
+    with pytest.raises(ValueError, match="layer 0 is not dense"):
+        S.sparsify(sparse, S.exact_predictors)
+    with pytest.raises(ValueError, match="sparse already"):
+        S.calibrate_gate_thresholds(sparse, TOKENS, 0.5)
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        S.calibrate_gate_thresholds(load(relu_path), TOKENS[:1], 0.5)
+
+
+@pytest.mark.parametrize(
+    ("method", "activation", "sparsity", "expected"),
+    [
+        ("auto", "relu", None, "exact"),
+        ("auto", "silu", None, "dense"),
+        ("auto", "silu", 0.5, "gate_threshold"),
+        ("auto", "relu", 0.5, "gate_threshold"),
+        ("dense", "relu", None, "dense"),
+        ("gate_threshold", "gelu_tanh", 0.0, "gate_threshold"),
+    ],
+)
+def test_auto_method(method, activation: str, sparsity: float | None, expected: str) -> None:
+    assert S.resolve_method(method, activation, sparsity) == expected
+
+
+@pytest.mark.parametrize(("method", "sparsity"), [("gate_threshold", None), ("exact", 0.5), ("dense", 0.5)])
+def test_contradictory_settings_are_refused(method, sparsity: float | None) -> None:
+    with pytest.raises(ValueError, match="sparsity"):
+        S.resolve_method(method, "relu", sparsity)
