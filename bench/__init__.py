@@ -1,0 +1,1 @@
+"""Benchmarks: ratios against dense in the same run. No test asserts a time."""

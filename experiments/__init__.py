@@ -1,0 +1,1 @@
+"""Experiments: every result in `results/` is written by a module here."""
