@@ -37,9 +37,7 @@ from typing import Any
 import numpy as np
 
 DECIMALS = 5
-CLEAR_MARGIN = (
-    0.5  # positions whose top-1/top-2 margin exceeds this should agree even between number formats
-)
+CLEAR_MARGIN = 0.5  # positions whose top-1/top-2 margin exceeds this should agree even between number formats
 ROWS_PER_CHUNK = 32  # bounds the float64 temporaries over a large vocabulary
 
 
@@ -56,9 +54,7 @@ def require(module: str, package: str) -> ModuleType:
         OSError,
         RuntimeError,
     ) as error:  # llama_cpp raises the latter two when its library is broken
-        raise ReferenceRunError(
-            f"cannot import {module} ({error}); install it with: pip install {package}"
-        ) from error
+        raise ReferenceRunError(f"cannot import {module} ({error}); install it with: pip install {package}") from error
 
 
 def sha256_of(path: Path) -> str:
@@ -75,9 +71,7 @@ def write_f32_copy(source: Path, target: Path) -> None:
     """
     gguf = require("gguf", "gguf")
     f32 = gguf.GGMLQuantizationType.F32
-    untouched = {f32} | {
-        getattr(gguf.GGMLQuantizationType, name) for name in ("F64", "I8", "I16", "I32", "I64")
-    }
+    untouched = {f32} | {getattr(gguf.GGMLQuantizationType, name) for name in ("F64", "I8", "I16", "I32", "I64")}
     reader = gguf.GGUFReader(str(source))
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
@@ -101,21 +95,15 @@ def write_f32_copy(source: Path, target: Path) -> None:
                     tensor.tensor_type,
                 )
             else:
-                shape = tuple(
-                    int(size) for size in reversed(tensor.shape)
-                )  # GGUF lists the fastest axis first
-                writer.add_tensor_info(
-                    tensor.name, shape, np.dtype(np.float32), 4 * int(np.prod(shape)), f32
-                )
+                shape = tuple(int(size) for size in reversed(tensor.shape))  # GGUF lists the fastest axis first
+                writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), 4 * int(np.prod(shape)), f32)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in reader.tensors:
             data = tensor.data
             if tensor.tensor_type not in untouched:
-                data = gguf.quants.dequantize(data, tensor.tensor_type).astype(
-                    np.float32, copy=False
-                )
+                data = gguf.quants.dequantize(data, tensor.tensor_type).astype(np.float32, copy=False)
             writer.write_tensor_data(data)
         writer.close()
         os.replace(partial, target)
@@ -166,17 +154,13 @@ def evaluate(model_path: Path, tokens: list[int], threads: int, exact: bool) -> 
         **options,
     )
     try:
-        model.scores.fill(
-            np.nan
-        )  # the array starts uninitialised: make anything left unwritten visible
+        model.scores.fill(np.nan)  # the array starts uninitialised: make anything left unwritten visible
         model.eval(tokens)
         logits = np.array(model.scores[:count], dtype=np.float32)
     finally:
         model.close()
     if not np.isfinite(logits).all():
-        raise ReferenceRunError(
-            f"llama.cpp left non-finite or unwritten logits for {model_path.name}"
-        )
+        raise ReferenceRunError(f"llama.cpp left non-finite or unwritten logits for {model_path.name}")
     return logits
 
 
@@ -259,9 +243,7 @@ def save_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(
-            json.dumps(content, separators=(",", ":"), allow_nan=False) + "\n", encoding="utf-8"
-        )
+        partial.write_text(json.dumps(content, separators=(",", ":"), allow_nan=False) + "\n", encoding="utf-8")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -282,9 +264,7 @@ def build_reference(args: argparse.Namespace) -> dict[str, Any]:
     f32_model = args.output_dir / f"{args.model.stem}-f32.gguf"
     started = time.perf_counter()
     write_f32_copy(args.model, f32_model)
-    print(
-        f"wrote {f32_model} ({f32_model.stat().st_size:,} bytes) in {time.perf_counter() - started:.1f} s"
-    )
+    print(f"wrote {f32_model} ({f32_model.stat().st_size:,} bytes) in {time.perf_counter() - started:.1f} s")
 
     logits: dict[str, np.ndarray] = {}
     modes: dict[str, dict[str, Any]] = {}
@@ -295,9 +275,7 @@ def build_reference(args: argparse.Namespace) -> dict[str, Any]:
         modes[name] = summarise(logits[name], tokens, args.top)
         output = args.output_dir / f"{args.model.stem}_{name}_logits.npy"
         save_array(output, logits[name])
-        print(
-            f"{name}: mean NLL {modes[name]['mean_nll']:.6f}; {elapsed:.1f} s; wrote {output} {logits[name].shape}"
-        )
+        print(f"{name}: mean NLL {modes[name]['mean_nll']:.6f}; {elapsed:.1f} s; wrote {output} {logits[name].shape}")
 
     summary = {
         "generator": "experiments/llama_cpp_reference.py",
@@ -324,14 +302,10 @@ def build_reference(args: argparse.Namespace) -> dict[str, Any]:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command-line options."""
-    parser = argparse.ArgumentParser(
-        description="Write llama.cpp reference logits (F32 and native) for one text."
-    )
+    parser = argparse.ArgumentParser(description="Write llama.cpp reference logits (F32 and native) for one text.")
     parser.add_argument("--model", type=Path, required=True, help="GGUF model file")
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text to evaluate")
-    parser.add_argument(
-        "--tokens", type=int, default=512, help="tokens to use, BOS included (default: 512)"
-    )
+    parser.add_argument("--tokens", type=int, default=512, help="tokens to use, BOS included (default: 512)")
     parser.add_argument(
         "--output-dir",
         type=Path,
@@ -339,9 +313,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="folder for the F32 model and the full logits",
     )
     parser.add_argument("--json", type=Path, required=True, help="compact summary to write")
-    parser.add_argument(
-        "--top", type=int, default=8, help="logits kept per position in the summary (default: 8)"
-    )
+    parser.add_argument("--top", type=int, default=8, help="logits kept per position in the summary (default: 8)")
     parser.add_argument("--threads", type=int, default=2, help="llama.cpp threads (default: 2)")
     return parser.parse_args(argv)
 

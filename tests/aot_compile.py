@@ -34,11 +34,11 @@ TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "
 BYTES, FLOATS, INTS = "*u8", "*fp32", "*i32"
 
 SPARSE_FFN = {
-    **{name: FLOATS for name in ("x_ptr", "gate_values_ptr", "partial_ptr")},
-    **{name: BYTES for name in ("gate_ptr", "up_ptr", "down_ptr", "mask_ptr")},
-    **{name: INTS for name in ("indices_ptr", "count_ptr")},
-    **{name: "i64" for name in ("gate_stride", "up_stride", "down_stride")},
-    **{name: "i32" for name in ("tokens", "neurons", "width")},
+    **dict.fromkeys(("x_ptr", "gate_values_ptr", "partial_ptr"), FLOATS),
+    **dict.fromkeys(("gate_ptr", "up_ptr", "down_ptr", "mask_ptr"), BYTES),
+    **dict.fromkeys(("indices_ptr", "count_ptr"), INTS),
+    **dict.fromkeys(("gate_stride", "up_stride", "down_stride"), "i64"),
+    **dict.fromkeys(("tokens", "neurons", "width"), "i32"),
 }
 SELECT_ACTIVE = {
     "scores_ptr": FLOATS, "threshold_ptr": FLOATS, "threshold_stride": "i32", "indices_ptr": INTS, "count_ptr": INTS,

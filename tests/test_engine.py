@@ -145,7 +145,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path: Path) -> No
     at = data.index(b"llama.vocab_size") + len("llama.vocab_size") + 4
     data[at : at + 4] = (100).to_bytes(4, "little")
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="token_embd|tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer has 264 tokens|token_embd"):
         load_engine(RunConfig(model=str(path)))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import resource
 import struct
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
+
+from pinfer.formats.errors import FormatError
+from pinfer.formats.gguf import UNSUPPORTED_TYPES, GGUFFile
+from pinfer.formats.model_config import check_tensors, model_config
+from pinfer.quant import BY_ID
 from tests.gguf_files import (
     ARRAY,
     BOOL,
@@ -32,11 +36,6 @@ from tests.gguf_files import (
     write_tiny_gemma3,
     write_tiny_llama,
 )
-
-from pinfer.formats.errors import FormatError
-from pinfer.formats.gguf import UNSUPPORTED_TYPES, GGUFFile
-from pinfer.formats.model_config import check_tensors, model_config
-from pinfer.quant import BY_ID
 
 
 class Oracle(gguf.GGUFReader):
@@ -115,12 +114,10 @@ needs_gemma = pytest.mark.skipif(gemma_file() is None, reason="Gemma-3-270M is n
 
 @pytest.mark.real_model
 @needs_gemma
-def test_gemma_opens_fast_with_its_config() -> None:
+def test_gemma_opens_with_its_config() -> None:
     path = gemma_file()
     assert path is not None
-    start = time.perf_counter()
     file = GGUFFile.open(path)
-    assert time.perf_counter() - start < 3  # 0.2 s on an idle core
     config = model_config(file)
     check_tensors(file, config)
     assert (config.n_layers, config.d_model, config.d_ffn, config.head_dim) == (18, 640, 2048, 256)
@@ -227,7 +224,7 @@ def test_getters_check_types(tmp_path: Path) -> None:
             call()
 
 
-def test_sparse_file_of_40_gb_opens_at_once(tmp_path: Path) -> None:
+def test_sparse_file_of_40_gb_opens_in_little_memory(tmp_path: Path) -> None:
     rows, columns = 10_240, 1 << 20
     path = tmp_path / "m.gguf"
     path.write_bytes(raw_gguf([], [tensor("big", [columns, rows])]))
@@ -237,9 +234,7 @@ def test_sparse_file_of_40_gb_opens_at_once(tmp_path: Path) -> None:
             out.truncate(path.stat().st_size + rows * columns * 4)
     except OSError:
         pytest.skip("no room for a sparse file of 43 GB")
-    start = time.perf_counter()
     with GGUFFile.open(path) as file:
-        assert time.perf_counter() - start < 2
         assert file.nbytes > 40e9
         assert not file.tensor("big")[rows - 1 :].blocks[:, -4096:].any()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB

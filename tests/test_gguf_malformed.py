@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from pinfer.formats.errors import FormatError
+from pinfer.formats.gguf import GGUFFile
 from tests.gguf_files import (
     ARRAY,
     BOOL,
@@ -27,26 +29,24 @@ from tests.gguf_files import (
     write_tiny_llama,
 )
 
-from pinfer.formats.errors import FormatError
-from pinfer.formats.gguf import GGUFFile
+# Each of these is refused in milliseconds; a hang ends here.
+pytestmark = pytest.mark.timeout(60)
 
 TWO_TOKENS = Vocab("gpt2", "gpt-2", ("a", "b"), (1, 1), merges=("a b",), special={"eos": 1})
 
 
 def refused(path: Path, *needles: str) -> None:
-    """Opening `path` must fail as promised: a FormatError with these words, within 1 s and 100 MB."""
+    """Opening `path` must fail as promised: a FormatError with these words, in 100 MB, without hanging."""
     tracemalloc.start()
-    start = time.perf_counter()
     with pytest.raises(FormatError) as caught:
         GGUFFile.open(path)
-    seconds = time.perf_counter() - start
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     message = str(caught.value)
     assert message.startswith(str(path)) and len(message) < 1000, message
     for needle in needles:
         assert needle in message
-    assert seconds < 1 and peak < 100e6
+    assert peak < 100e6
 
 
 def test_missing_file_and_directory(tmp_path: Path) -> None:

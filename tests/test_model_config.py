@@ -10,6 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pinfer.config import RopeConfig
+from pinfer.formats.errors import FormatError
+from pinfer.formats.gguf import GGUFFile
+from pinfer.formats.model_config import check_tensors, expected_tensors, model_config
 from tests.gguf_files import (
     ARRAY,
     BOOL,
@@ -29,13 +36,6 @@ from tests.gguf_files import (
     write_tiny_gemma3,
     write_tiny_llama,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
-from pinfer.config import RopeConfig
-from pinfer.formats.errors import FormatError
-from pinfer.formats.gguf import GGUFFile
-from pinfer.formats.model_config import check_tensors, expected_tensors, model_config
 
 
 def u(value: int) -> tuple[int, bytes]:
@@ -226,10 +226,19 @@ def test_missing_or_misshapen_tensor_is_named(tmp_path: Path, name: str) -> None
 
 
 def test_unexpected_tensors_are_refused(tmp_path: Path) -> None:
-    for name in ("rope_freqs.weight", "blk.0.attn_q.bias", "blk.2.attn_norm.weight"):
+    for name in ("blk.0.attn_q.bias", "blk.2.attn_norm.weight"):
         file = write_model(tmp_path / "m.gguf", LLAMA_KEYS, LLAMA_SHAPES | {name: (8,)})
         with pytest.raises(FormatError, match=f"tensor '{name}' is not supported yet for llama"):
             check_tensors(file, model_config(file))
+
+
+def test_rope_frequency_factors_are_taken_in_their_size(tmp_path: Path) -> None:
+    shapes = LLAMA_SHAPES | {"rope_freqs.weight": (2,)}
+    file = write_model(tmp_path / "m.gguf", LLAMA_KEYS, shapes)
+    check_tensors(file, model_config(file))
+    file = write_model(tmp_path / "m.gguf", LLAMA_KEYS, shapes | {"rope_freqs.weight": (8,)})
+    with pytest.raises(FormatError, match=r"'rope_freqs\.weight' has shape \[8\], not \[2\]"):
+        check_tensors(file, model_config(file))
 
 
 def test_quantised_norm_is_refused(tmp_path: Path) -> None:

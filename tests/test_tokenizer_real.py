@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from functools import cache
 from pathlib import Path
 
@@ -55,18 +54,12 @@ class TestGemma:
         """As in Gemma's own tokenizer; llama.cpp 0.3.36 takes "</s>" for an end of sequence."""
         assert gemma_tokenizer.encode("</s>", add_bos=False) == [212]
 
-    def test_construction_is_quick(self, gemma: Path) -> None:
-        metadata = GGUFFile.open(gemma).metadata
-        start = time.process_time()
-        load_tokenizer(metadata)
-        assert time.process_time() - start < 2.5
-
 
 @cache
 def vocabulary(name: str) -> tuple[Tokenizer, list[str], list[list[int]]]:
     """A tokenizer with llama.cpp's test texts and ids for it, from the folder PINFER_TEST_VOCABS."""
     folder = os.environ.get("PINFER_TEST_VOCABS")
-    if not folder:
+    if not folder or not Path(folder).is_dir():
         pytest.skip("PINFER_TEST_VOCABS names no folder of llama.cpp's ggml-vocab-*.gguf files")
     path = Path(folder) / f"ggml-vocab-{name}.gguf"
     if not path.exists():

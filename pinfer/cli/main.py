@@ -6,6 +6,7 @@ to stderr; PINFER_TRACEBACK=1 shows the Python traceback instead.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -95,7 +96,7 @@ def _invoke(arguments: Sequence[str]) -> int:
 def _offending(error: Exception, arguments: Sequence[str]) -> str:
     """The value that an option could not take, where the parser's message leaves it out."""
     names = getattr(getattr(error, "param", None), "opts", ())
-    for name, value in zip(arguments, arguments[1:], strict=False):
+    for name, value in itertools.pairwise(arguments):
         if name in names:
             return f": {value}"
     return ""

@@ -9,7 +9,6 @@ import triton.language as tl
 from pinfer.kernels.dequantize.gpu import weights_at
 from pinfer.quant import QuantTensor
 
-
 # 16 x 256 tiles spill on sm_80 to sm_90 for Q3_K, Q6_K and F32, 8 x 256 for Q5_0 and Q5_1 on sm_80.
 BLOCK_N, BLOCK_K = 8, 128
 
