@@ -99,6 +99,15 @@ def test_inspect_shows_shape_and_memory(model: str, capsys: pytest.CaptureFixtur
     assert figures["tensors"]["blk.1.ffn_down.weight"]["shape"] == [64, 96]
 
 
+def test_inspect_spells_out_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(write_tiny_llama(path).read_bytes().replace(b"tiny llama", b"[b]\x1b[2J\x07ab"))
+    assert run(["inspect", str(path)]) == OK
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "[b]\\x1b[2J\\x07ab" in out
+
+
 def test_interactive_reads_lines_and_keeps_the_conversation(
     model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +252,21 @@ def test_ctrl_c_exits_130_with_one_line(model: str) -> None:
     rest = process.stderr.read()
     assert process.wait(60) == INTERRUPTED
     assert rest == b"pinfer: interrupted\n"
+
+
+def test_ctrl_c_while_loading_exits_130_with_one_line() -> None:
+    script = (
+        "import sys, types; sys.modules['pinfer.cli.main'] = None\n"
+        "import builtins; real = builtins.__import__\n"
+        "def interrupted(name, *rest):\n"
+        "    if name == 'pinfer.cli.main': raise KeyboardInterrupt\n"
+        "    return real(name, *rest)\n"
+        "builtins.__import__ = interrupted\n"
+        "from pinfer.__main__ import main; main()\n"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
+    assert process.returncode == INTERRUPTED
+    assert process.stderr == b"pinfer: interrupted\n"
 
 
 def test_a_closed_pipe_exits_1_with_one_line(model: str) -> None:

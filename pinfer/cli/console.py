@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.text import Text
 
 MAX_PROMPT_BYTES = 64 * 2**20
 
@@ -52,6 +53,11 @@ def read_prompt(prompt: str | None, file: str | None) -> str | None:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: not UTF-8 at byte {error.start}") from error
+
+
+def printable(text: str) -> Text:
+    """Text from a file, safe to print: no markup, and control characters spelled out."""
+    return Text("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 
 
 def size(n_bytes: float) -> str:

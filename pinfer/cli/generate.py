@@ -104,7 +104,7 @@ def generate(
         emit_json(_figures(engine, generation))
         return
     _stream(generation, text if display_prompt else None, color)
-    note(summary(generation.stats))
+    _report(generation)
 
 
 class _Task:
@@ -175,9 +175,15 @@ def _converse(task: _Task, opening: str | None, color: bool) -> None:
         if line:
             generation = task.continue_from(history + task.encode(line, opening=not history))
             _stream(generation, None, color)
-            note(summary(generation.stats))
+            _report(generation)
             history = generation.prompt + generation.ids
         line = None
+
+
+def _report(generation: Generation) -> None:
+    if generation.finish_reason == "context":
+        note("stopped: the context is full (--ctx-size)")
+    note(summary(generation.stats))
 
 
 def summary(stats: GenerationStats) -> str:

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from pinfer.cli import options
-from pinfer.cli.console import console, emit_json, size
+from pinfer.cli.console import console, emit_json, printable, size
 from pinfer.config import ModelConfig
 from pinfer.engine import SHIPPED_MODEL
 from pinfer.formats.gguf import GGUFFile
@@ -99,7 +99,7 @@ def _figures(gguf: GGUFFile, config: ModelConfig, tensors: bool) -> dict[str, An
 
 def _print(gguf: GGUFFile, config: ModelConfig, tensors: bool) -> None:
     out = console()
-    out.print(f"{config.name or gguf.path.name} ({config.architecture}), GGUF v{gguf.version}", markup=False)
+    out.print(printable(f"{config.name or gguf.path.name} ({config.architecture}), GGUF v{gguf.version}"))
     out.print(
         f"{config.n_layers} layers of width {config.d_model}, {config.d_ffn} FFN neurons ({config.activation}), "
         f"{config.n_heads} heads over {config.n_kv_heads} of {config.head_dim}, "
@@ -128,7 +128,7 @@ def _memory_table(gguf: GGUFFile, config: ModelConfig) -> Table:
 def _metadata_table(gguf: GGUFFile) -> Table:
     table = Table("key", "value", title="metadata", title_justify="left")
     for key, value in gguf.metadata.items():
-        table.add_row(key, _shown(value))
+        table.add_row(printable(key), printable(_shown(value)))
     return table
 
 
@@ -136,14 +136,12 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         head = ", ".join(_shown(item) for item in value[:SHOWN_ITEMS])
         return f"[{head}{', …' if len(value) > SHOWN_ITEMS else ''}] ({len(value)})"
-    text = value if isinstance(value, str) else str(value)
-    text = text.encode("unicode_escape").decode() if not text.isprintable() else text
-    text = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"
-    return text.replace("[", r"\[") if isinstance(value, str) else text
+    text = str(value)
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"
 
 
 def _tensor_table(gguf: GGUFFile) -> Table:
     table = Table("tensor", "shape", "type", "bytes", title="tensors", title_justify="left")
     for name, info in gguf.tensors.items():
-        table.add_row(name, "x".join(str(n) for n in info.shape), str(info.type), size(info.nbytes))
+        table.add_row(printable(name), "x".join(str(n) for n in info.shape), str(info.type), size(info.nbytes))
     return table

@@ -1,4 +1,4 @@
-"""Entry point: the list of commands, and how every failure ends.
+"""The list of commands, and how every failure ends.
 
 Exit codes: 0 done, 1 failed at run time, 2 bad input, 130 interrupted. A failure prints one line
 to stderr; PINFER_TRACEBACK=1 shows the Python traceback instead.
@@ -10,7 +10,7 @@ import itertools
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 # Spinning OpenMP threads stall each other by milliseconds where cores are shared with another
 # process; sleeping ones cost some µs. Must be set before torch loads its OpenMP runtime.
@@ -50,11 +50,6 @@ def _options(
     ] = False,
 ) -> None:
     """Sparse LLM inference: any GGUF, computing only the neurons that fire."""
-
-
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a command line and exit."""
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(arguments: Sequence[str]) -> int:
