@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.ready
+READY := $(VENV)/.ready
+TESTABLE := $(VENV)/.testable
 # llama.cpp's vocabulary files with their test vectors, out of a source package; for tests alone.
 LLAMA_SOURCE := llama-cpp-python==0.3.36
 export PINFER_TEST_VOCABS ?= $(abspath $(VENV))/vocabs
@@ -11,43 +12,47 @@ export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test lint types bench format vocabs clean
 
-demo: $(STAMP)
+demo: $(READY)
 	$(BIN)/pinfer generate -p "And the LORD said unto Moses," -n 100 --seed 7
 
-test: $(STAMP) lint types
+test: $(TESTABLE) lint types
 	$(BIN)/python -m pytest
 
-lint: $(STAMP)
+lint: $(TESTABLE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-types: $(STAMP)
+types: $(TESTABLE)
 	$(BIN)/mypy
 
-bench: $(STAMP)
+bench: $(TESTABLE)
 	$(BIN)/pip install -q -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
 
-format: $(STAMP)
+format: $(TESTABLE)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# torch comes first and pinned: an open range could pull gigabytes of CUDA libraries.
-# The Gemma model and the vocabularies are only for tests; where they cannot be had, tests skip and say so.
-$(STAMP): pyproject.toml constraints.txt
+# torch comes first and pinned: resolving it beside open ranges may take another build, and gigabytes.
+# A CPU build brings no Triton; its interpreter and compiler work without a GPU.
+$(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install -q triton==3.6.0
+	$(BIN)/pip install -q -c constraints.txt -e .
+	touch $@
+
+# The Gemma model and the vocabularies are for tests alone; where they cannot be had, tests skip and say so.
+$(TESTABLE): $(READY)
 	$(BIN)/pip install -q -c constraints.txt -e ".[test]"
 	-$(BIN)/pip install -q -c constraints.txt -e ".[models]"
 	-$(MAKE) vocabs
 	touch $@
 
-vocabs:
-	mkdir -p $(VENV)/source $(VENV)/vocabs
+vocabs: $(READY)
 	$(BIN)/pip download -q --no-deps --no-binary :all: -d $(VENV)/source $(LLAMA_SOURCE)
-	tar -xzf $(VENV)/source/llama_cpp_python-*.tar.gz -C $(VENV)/vocabs --strip-components=4 \
-		--wildcards '*/vendor/llama.cpp/models/ggml-vocab-*'
+	$(BIN)/python tests/tools/extract_vocabs.py $(VENV)/source/llama_cpp_python-*.tar.gz $(VENV)/vocabs
 	rm -rf $(VENV)/source
 
 clean:

@@ -59,8 +59,11 @@ def require(module: str, package: str) -> ModuleType:
 
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def write_f32_copy(source: Path, target: Path) -> None:

@@ -1,17 +1,28 @@
 """`pinfer` and `python -m pinfer`. Imports the command line late, so that Ctrl-C ends well even while torch loads."""
 
+import os
+import signal
 import sys
+from types import FrameType
 from typing import NoReturn
 
 
 def main() -> NoReturn:
     """Run the process's command line and exit with its code."""
-    try:
-        from pinfer.cli.main import run
-    except KeyboardInterrupt:
-        print("pinfer: interrupted", file=sys.stderr)
-        sys.exit(130)
+    # torch and numpy swallow a KeyboardInterrupt, or break on it, while their C parts load.
+    signal.signal(signal.SIGINT, _leave)
+    from pinfer.cli.main import run
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without the character still gets the text
     sys.exit(run(sys.argv[1:]))
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    os.write(2, b"pinfer: interrupted\n")
+    os._exit(130)
 
 
 if __name__ == "__main__":

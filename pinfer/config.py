@@ -84,11 +84,13 @@ class ModelConfig:
         return bool(self.sliding) and self.sliding[layer]
 
 
-def _in_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
-    below = value <= low if open_low else value < low
-    if not math.isfinite(value) or below or value > high:
+def _in_range(name: str, value: float, low: float, high: float, *, open_low: bool = False, whole: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, not {value!r}")
+    above = value > low if open_low else value >= low
+    if not (above and value <= high):  # so that NaN fails
         bracket = "(" if open_low else "["
-        raise ValueError(f"{name} must lie in {bracket}{low:g}, {high:g}], not {value:g}")
+        raise ValueError(f"{name} must lie in {bracket}{low:g}, {high:g}], not {str(value)[:40]}")
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,13 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         _in_range("temperature", self.temperature, 0, 100)
-        _in_range("top_k", self.top_k, 0, 2**31 - 1)
+        _in_range("top_k", self.top_k, 0, 2**31 - 1, whole=True)
         _in_range("top_p", self.top_p, 0, 1, open_low=True)
         _in_range("min_p", self.min_p, 0, 1)
         _in_range("repeat_penalty", self.repeat_penalty, 0, 100, open_low=True)
-        _in_range("repeat_last_n", self.repeat_last_n, 0, 2**31 - 1)
+        _in_range("repeat_last_n", self.repeat_last_n, 0, 2**31 - 1, whole=True)
         if self.seed is not None:
-            _in_range("seed", self.seed, 0, 2**64 - 1)
+            _in_range("seed", self.seed, 0, 2**64 - 1, whole=True)
 
 
 @dataclass(frozen=True)
@@ -138,9 +140,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.context is not None:
-            _in_range("context", self.context, 0, 2**31 - 1)
+            _in_range("context", self.context, 0, 2**31 - 1, whole=True)
         if self.threads is not None:
-            _in_range("threads", self.threads, 1, 4096)
+            _in_range("threads", self.threads, 1, 4096, whole=True)
         if self.sparsity is not None:
             _in_range("sparsity", self.sparsity, 0, 0.99)
         _in_range("cold_fraction", self.cold_fraction, 0, 1)
@@ -159,7 +161,10 @@ class RunConfig:
         merged = {**values, **overrides}
         if isinstance(sampling := merged.get("sampling"), Mapping):
             merged["sampling"] = SamplingConfig(**_known(SamplingConfig, sampling, "sampling."))
-        return cls(**_known(cls, merged))
+        run = cls(**_known(cls, merged))
+        if not isinstance(run.sampling, SamplingConfig):
+            raise ValueError(f"sampling must be a table of its own keys, not {run.sampling!r}")
+        return run
 
 
 def _known(cls: type, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -22,12 +22,14 @@ from pinfer.quant import QuantTensor
 class FFNWeights:
     """Neuron-major weights: row i of each [N, D] matrix belongs to neuron i.
 
-    `down` is transposed from the file. An ungated FFN has its up matrix as `gate` and no `up`.
+    `down` is transposed from the file, at a relative RMS error of `down_error` where it had to be
+    requantised. An ungated FFN has its up matrix as `gate` and no `up`.
     """
 
     gate: QuantTensor
     up: QuantTensor | None
     down: QuantTensor
+    down_error: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("up", "down"):
@@ -42,7 +44,7 @@ class FFNWeights:
     def shard(self, neurons: torch.Tensor) -> FFNWeights:
         """Some of the neurons (int64 [H]), numbered in that order; copies their rows."""
         up = None if self.up is None else self.up[neurons]
-        return FFNWeights(self.gate[neurons], up, self.down[neurons])
+        return FFNWeights(self.gate[neurons], up, self.down[neurons], self.down_error)
 
 
 @dataclass

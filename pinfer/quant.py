@@ -84,7 +84,8 @@ class QuantTensor:
         """View a float32, float16 or bfloat16 matrix `[rows, columns]` as blocks of one weight."""
         if weight.dtype not in _OF_DTYPE or weight.dim() != 2:
             raise ValueError(f"expected a 2-D float tensor, not {weight.dtype} {list(weight.shape)}")
-        weight = weight.contiguous()
+        if not weight.is_contiguous() or weight.stride(1) != 1:  # a width of 1 may have any stride
+            weight = weight.clone(memory_format=torch.contiguous_format)
         return QuantTensor(weight.view(torch.uint8), _OF_DTYPE[weight.dtype], weight.shape[1])
 
     @property

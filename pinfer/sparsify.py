@@ -13,7 +13,7 @@ import torch
 from pinfer.config import Method
 from pinfer.ffn import Activity, DenseFFN, FFNWeights, HybridFFN, SparseFFN
 from pinfer.kernels.transpose import transpose_weights
-from pinfer.models import Transformer
+from pinfer.models import KVCache, Transformer
 from pinfer.placement import Plan
 from pinfer.predictors import ZERO_BELOW_ZERO, ExactPredictor, GateThreshold, Predictor, gate_threshold_for
 
@@ -60,7 +60,7 @@ def calibrate_gate_thresholds(model: Transformer, tokens: torch.Tensor, sparsity
         raise ValueError(f"calibration needs at least 2 tokens, not {tokens.shape[0]}")
     hooks = [ffn.register_forward_pre_hook(measure) for ffn in model.ffns()]
     try:
-        model(tokens, model.new_cache(), last_only=True)
+        model(tokens, KVCache(model.config, tokens.shape[0]), last_only=True)
     finally:
         for hook in hooks:
             hook.remove()
@@ -76,10 +76,17 @@ def sparsify(model: Transformer, predictors: PredictorMaker, plan: Plan | None =
         dense = block.ffn
         if not isinstance(dense, DenseFFN):
             raise ValueError(f"layer {layer} is not dense: it has a {type(dense).__name__}")
-        weights = FFNWeights(dense.gate, dense.up, transpose_weights(dense.down))
+        weights = FFNWeights(dense.gate, dense.up, *transpose_weights(dense.down))
         sparse = SparseFFN(weights, predictors(layer, dense), dense.activation)
         block.ffn = sparse if plan is None else HybridFFN(*(sparse.shard(part) for part in plan.split(layer)))
     return model
+
+
+def down_error(model: Transformer) -> float:
+    """Relative RMS error that transposing `down` brought, the mean over layers; 0 where it was exact or not done."""
+    shards = [[m for m in ffn.modules() if isinstance(m, SparseFFN)] for ffn in model.ffns()]
+    errors = [parts[0].weights.down_error for parts in shards if parts]
+    return sum(errors) / len(errors) if errors else 0.0
 
 
 @dataclass(frozen=True)

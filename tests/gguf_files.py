@@ -120,24 +120,29 @@ def write_tiny_llama(
     seed: int = 0,
     activation: str = "relu",
     tied: bool = False,
+    padding: int = 0,
 ) -> Path:
-    """Write a random llama model with a byte-level BPE vocabulary; returns `path`."""
+    """Write a random llama model with a byte-level BPE vocabulary; returns `path`.
+
+    `padding` adds embedding rows that no token has.
+    """
     vocab = vocab or bpe_vocab()
+    n_rows = len(vocab) + padding
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny llama")
     _add_shape(writer, n_layers, d_model, d_ffn, n_heads, n_kv_heads)
-    writer.add_vocab_size(len(vocab))
+    writer.add_vocab_size(n_rows)
     writer.add_rope_dimension_count(d_model // n_heads)
     writer.add_rope_freq_base(10000.0)
     writer.add_string("llama.hidden_activation", activation)
     vocab.write(writer)
-    _add_matrix(writer, "token_embd.weight", rng.standard_normal((len(vocab), d_model)), weight_type)
+    _add_matrix(writer, "token_embd.weight", rng.standard_normal((n_rows, d_model)), weight_type)
     for layer in range(n_layers):
         _add_block(writer, rng, f"blk.{layer}", d_model, d_ffn, d_model // n_heads, n_heads, n_kv_heads, weight_type)
     _add_norm(writer, "output_norm.weight", d_model, rng)
     if not tied:
-        _add_matrix(writer, "output.weight", _random_matrix(rng, len(vocab), d_model), weight_type)
+        _add_matrix(writer, "output.weight", _random_matrix(rng, n_rows, d_model), weight_type)
     _write(writer)
     return Path(path)
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from pinfer.cli.main import BAD_INPUT, FAILED, INTERRUPTED, OK, run
+from pinfer.config import RunConfig, SamplingConfig
 from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
 
 PINFER = [sys.executable, "-m", "pinfer"]
@@ -50,6 +51,86 @@ def test_generate_json_holds_the_same_text(model: str, capsys: pytest.CaptureFix
     assert figures["prefill_tokens_per_s"] > 0
     assert figures["peak_rss_bytes"] > 1e6
     assert figures["finish_reason"] == "length"
+
+
+def test_flags_reach_the_run(model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def spy(config: Any) -> Any:
+        seen.append(config)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("pinfer.cli.generate.load_engine", spy)
+    flags = (
+        "-m m.gguf -p x -c 33 -t 3 --temp 0.5 --top-p 0.6 --top-k 7 --min-p 0.2 --repeat-penalty 1.5 --repeat-last-n 9 "
+        "-s 4 --method gate_threshold --sparsity 0.25 --cold-fraction 0.75 --activation silu --backend reference"
+    )
+    run(["generate", *flags.split()])
+    sampling = SamplingConfig(0.5, 7, 0.6, 0.2, 1.5, 9, 4)
+    assert seen[0] == RunConfig("m.gguf", 33, "silu", 3, "reference", "gate_threshold", 0.25, 0.75, sampling)
+    run(["generate", "-m", "m.gguf", "-p", "x", "--seed", "-1", "--top-k", "-1", "--repeat-last-n", "-1"])
+    assert (seen[1].sampling.seed, seen[1].sampling.top_k, seen[1].sampling.repeat_last_n) == (None, 0, 2**31 - 1)
+
+
+def test_special_and_bos_flags(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def ids(*flags: str) -> list[int]:
+        assert run(["tokenize", "-m", model, "-p", "<|endoftext|>", "--json", *flags]) == OK
+        return last_json(capsys.readouterr().out)["ids"]
+
+    assert len(ids("--special")) == 1
+    assert len(ids()) > 5
+
+
+def test_no_bos_leaves_the_opening_token_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(write_tiny_gemma3(tmp_path / "g.gguf"))
+    assert run(["tokenize", "-m", path, "-p", "the", "--json"]) == OK
+    with_bos = last_json(capsys.readouterr().out)["ids"]
+    assert run(["tokenize", "-m", path, "-p", "the", "--json", "--no-bos"]) == OK
+    assert [2, *last_json(capsys.readouterr().out)["ids"]] == with_bos
+
+
+def test_the_echo_is_the_prompt_to_the_letter(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = "a\tb [b]:heart: \\"
+    assert run(["generate", "-m", model, "-p", prompt, "-n", "1", "--color"]) == OK
+    assert capsys.readouterr().out.startswith(prompt)
+
+
+def test_a_fallback_is_said(model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pinfer.engine.load.core_problem", lambda: "no compiler")
+    assert run(["generate", "-m", model, "-p", "hi", "-n", "1"]) == OK
+    assert "slower torch reference computes: no compiler" in capsys.readouterr().err
+
+
+def test_a_requantised_down_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(write_tiny_llama(tmp_path / "q4.gguf", weight_type="Q4_0"))
+    assert run(["generate", "-m", path, "-p", "hi", "-n", "1"]) == OK
+    assert "down was requantised to Q8_0" in capsys.readouterr().err
+    assert run(["generate", "-m", path, "-p", "hi", "-n", "1", "--method", "dense"]) == OK
+    assert "requantised" not in capsys.readouterr().err
+
+
+def test_triton_without_a_gpu_says_so(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "needs a GPU" in failing(["generate", "-m", model, "-p", "hi", "--backend", "triton"], capsys, FAILED)
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenised(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pinfer.formats.tokenizer.Tokenizer.encode", lambda *_, **__: pytest.fail("tokenised"))
+    line = failing(["generate", "-m", model, "-p", "x" * 100_000], capsys)
+    assert "100000 bytes" in line
+
+
+def test_a_bug_ends_in_one_line(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pinfer.cli.generate.load_engine", lambda _: {}["no"])
+    line = failing(["generate", "-m", model, "-p", "hi"], capsys, FAILED)
+    assert "KeyError" in line
+    assert "PINFER_TRACEBACK" in line
 
 
 def test_the_guides_flags_are_all_taken(model: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,7 +197,7 @@ def test_interactive_reads_lines_and_keeps_the_conversation(
     err = capsys.readouterr().err
     prompts = [int(line.split("prompt ")[1].split()[0]) for line in err.splitlines() if "prompt " in line]
     assert len(prompts) == 2
-    assert prompts[1] > prompts[0] + 3
+    assert prompts[1] > prompts[0] + 3, "the second line continues the first and its answer"
 
 
 def failing(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = BAD_INPUT) -> str:
@@ -140,7 +221,9 @@ def failing(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int 
         (["-c", "-5"], "-5"),
         (["-c", "100000"], "256"),
         (["-t", "0"], "threads"),
-        (["--seed", "-1"], "seed"),
+        (["--seed", "-2"], "seed"),
+        (["--seed", "9" * 400], "seed"),
+        (["--cold-fraction", "0.5", "--method", "dense"], "cold_fraction"),
         (["--sparsity", "1.5"], "sparsity"),
         (["--method", "gate_threshold"], "sparsity"),
         (["--method", "magic"], "magic"),
@@ -254,19 +337,35 @@ def test_ctrl_c_exits_130_with_one_line(model: str) -> None:
     assert rest == b"pinfer: interrupted\n"
 
 
-def test_ctrl_c_while_loading_exits_130_with_one_line() -> None:
+@pytest.mark.parametrize("milliseconds", [20, 150, 500])
+def test_ctrl_c_while_loading_exits_130_with_one_line(milliseconds: int) -> None:
+    """A signal while torch's C parts load, which swallow a KeyboardInterrupt."""
     script = (
-        "import sys, types; sys.modules['pinfer.cli.main'] = None\n"
-        "import builtins; real = builtins.__import__\n"
-        "def interrupted(name, *rest):\n"
-        "    if name == 'pinfer.cli.main': raise KeyboardInterrupt\n"
-        "    return real(name, *rest)\n"
-        "builtins.__import__ = interrupted\n"
-        "from pinfer.__main__ import main; main()\n"
+        "import os, signal, threading\n"
+        "from pinfer.__main__ import main\n"
+        f"threading.Timer({milliseconds} / 1000, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "main()\n"
     )
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
+    arguments = ["generate", "-p", "hello", "-n", "-1", "--ignore-eos"]
+    process = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, timeout=120)
     assert process.returncode == INTERRUPTED
     assert process.stderr == b"pinfer: interrupted\n"
+
+
+def test_a_pipe_closed_early_exits_1_with_one_line(model: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run([*PINFER, "inspect", model], stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    os.close(writer)
+    assert process.returncode == FAILED
+    assert process.stderr == b"pinfer: the reader of the output closed it\n"
+
+
+def test_a_closed_stdout_exits_1_with_one_line(model: str) -> None:
+    command = f"exec {' '.join(PINFER)} inspect {model} >&-"
+    process = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, timeout=60)
+    assert process.returncode == FAILED
+    assert process.stderr == b"pinfer: failed: standard output is closed\n"
 
 
 def test_a_closed_pipe_exits_1_with_one_line(model: str) -> None:

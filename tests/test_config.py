@@ -31,13 +31,13 @@ def test_sampling_out_of_range(key: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("context", -1), ("threads", 0), ("sparsity", 1.0), ("sparsity", -0.1), ("cold_fraction", 2.0),
+        ("context", -1), ("threads", 0), ("threads", 1.5), ("context", True), ("context", "abc"), ("sampling", 5), ("sparsity", 1.0), ("sparsity", -0.1), ("cold_fraction", 2.0),
         ("method", "magic"), ("backend", "opencl"), ("activation", "tanh"),
     ],
 )  # fmt: skip
 def test_run_out_of_range(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=key):
-        RunConfig(**{key: value})
+        RunConfig.from_mapping({key: value})
 
 
 def test_unknown_keys_are_named_with_the_known_ones() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 from pinfer.config import RunConfig, SamplingConfig
 from pinfer.engine import Generation, load_engine
 from pinfer.engine.load import calibration_tokens
+from pinfer.kernels import ops
+from pinfer.kernels.cpp import core_problem
+from pinfer.quant import QuantTensor
 from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
 
 GREEDY = SamplingConfig(temperature=0)
@@ -79,7 +83,9 @@ def test_the_context_ends_an_endless_generation(llama: Path) -> None:
     assert len(generation.ids) == 16 - len(PROMPT)
     assert generation.finish_reason == "context"
     beyond = run(llama, max_tokens=50, context=16, ignore_eos=True)
-    assert beyond.finish_reason == "context"
+    assert (beyond.finish_reason, beyond.ids) == ("context", generation.ids)
+    exact = run(llama, max_tokens=11, context=16, ignore_eos=True)
+    assert exact.finish_reason == "length"
 
 
 def test_end_of_text_ends_and_can_be_ignored(llama: Path) -> None:
@@ -92,6 +98,7 @@ def test_end_of_text_ends_and_can_be_ignored(llama: Path) -> None:
     ignoring = Generation(engine, PROMPT, max_tokens=5, sampling=GREEDY, ignore_eos=True)
     list(ignoring)
     assert len(ignoring.ids) == 5
+    assert first not in ignoring.ids
 
 
 def test_a_stop_string_ends(llama: Path) -> None:
@@ -109,6 +116,71 @@ def test_zero_tokens_reads_the_prompt_alone(llama: Path) -> None:
     assert generation.stats.prefill_tokens_per_s > 0
     assert generation.stats.tokens_per_s == 0
     assert generation.stats.density < 1
+
+
+def test_density_is_that_of_decode_or_else_of_the_prompt(llama: Path) -> None:
+    prompt_only, one, two = (run(llama, max_tokens=n, ignore_eos=True).stats for n in (0, 1, 2))
+    assert one.density == prompt_only.density < 1
+    assert one.tokens_per_s == 0
+    assert two.decode_steps == 1
+    assert two.density != one.density
+
+
+def test_a_generation_runs_once(llama: Path) -> None:
+    generation = run(llama)
+    with pytest.raises(RuntimeError, match="once"):
+        list(generation)
+
+
+def test_held_back_text_comes_out_at_the_end(llama: Path) -> None:
+    free = run(llama, max_tokens=6)
+    assert run(llama, max_tokens=6, stop=[free.text[-1] + "never"]).text == free.text
+
+
+def test_the_penalty_sees_the_prompt(llama: Path) -> None:
+    first = run(llama, max_tokens=1).ids
+    sampling = SamplingConfig(temperature=0, repeat_penalty=100.0)
+    assert run(llama, prompt=[*PROMPT, *first], max_tokens=1, sampling=sampling).ids != first
+    assert run(llama, prompt=first * 3, max_tokens=1, sampling=sampling).ids != first
+
+
+def test_padding_behind_the_vocabulary_is_never_drawn(tmp_path: Path) -> None:
+    """Some embeddings have more rows than the tokenizer has tokens."""
+    path = write_tiny_llama(tmp_path / "m.gguf", padding=300)
+    generation = run(
+        path, max_tokens=40, sampling=SamplingConfig(temperature=50.0, top_k=0, top_p=1.0, min_p=0.0, seed=1)
+    )
+    assert max(generation.ids) < 264
+
+
+def test_damaged_weights_show_in_the_sparse_path_too(llama: Path) -> None:
+    """A NaN gate must not pass for an inactive neuron."""
+    engine = load_engine(RunConfig(model=str(llama)))
+    ffn = engine.model.ffns()[0]
+    broken = ffn.weights.gate.blocks.clone()
+    broken[3] = 255
+    gate = QuantTensor(broken, ffn.weights.gate.type, ffn.weights.gate.columns)
+    for backend in ("reference", "cpu", "triton"):
+        ffn.predictor.gate = gate
+        engine = dataclasses.replace(engine, run=dataclasses.replace(engine.run, backend=backend))
+        with pytest.raises(RuntimeError, match="not finite"):
+            list(Generation(engine, PROMPT, max_tokens=1, sampling=GREEDY))
+
+
+def test_calibration_does_not_depend_on_the_context(tmp_path: Path) -> None:
+    path = write_tiny_gemma3(tmp_path / "g.gguf")
+    short, long = (load_engine(RunConfig(model=str(path), sparsity=0.5, context=n)) for n in (4, 200))
+    for a, b in zip(short.model.ffns(), long.model.ffns(), strict=True):
+        assert torch.equal(a.predictor.threshold, b.predictor.threshold)
+
+
+def test_auto_computes_on_the_core_where_there_is_one(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if core_problem():
+        pytest.skip(f"no CPU core: {core_problem()}")
+    engine = load_engine(RunConfig(model=str(llama)))
+    monkeypatch.setitem(ops.quant_matmul.__dict__, "reference", None)
+    with engine.computing():
+        engine.model(torch.tensor(PROMPT), engine.model.new_cache())
 
 
 def test_equal_seeds_give_equal_texts(llama: Path) -> None:
@@ -157,3 +229,6 @@ def test_calibration_tokens_come_from_all_over_the_text(llama: Path) -> None:
     assert set(tokenizer.decode(tokens.tolist())) == set("abcd")
     short = calibration_tokens(tokenizer, "abc", 100)
     assert tokenizer.decode(short.tolist()) == "abc"
+    assert len(calibration_tokens(tokenizer, text, 4)) == 4
+    with pytest.raises(ValueError, match="at least"):
+        calibration_tokens(tokenizer, text, 3)

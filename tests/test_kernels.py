@@ -139,6 +139,57 @@ def test_bytes_moved_is_positive(op: Op, generator: torch.Generator) -> None:
     assert op.bytes_moved(**op.make_inputs(generator, **op.cases[0])) > 0
 
 
+WRONG_INPUTS: list[tuple[Op, dict[str, Any]]] = [
+    (ops.quant_matmul, {"x": torch.zeros(1, 8)}),
+    (ops.quant_matmul, {"x": torch.zeros(96)}),
+    (ops.select_active, {"threshold": torch.zeros(3)}),
+    (ops.select_active, {"scores": torch.zeros(5)}),
+    (ops.sparse_ffn, {"x": torch.zeros(1, 8)}),
+    (ops.sparse_ffn, {"gate_values": torch.zeros(1, 3)}),
+    (ops.sparse_ffn, {"mask": torch.zeros(1, 3, dtype=torch.bool)}),
+    (ops.sparse_ffn, {"mask": torch.zeros(1, 23, dtype=torch.uint8)}),
+    (ops.sparse_ffn, {"down": QuantTensor.from_dense(torch.zeros(5, 123))}),
+    (ops.sparse_ffn, {"up": QuantTensor.from_dense(torch.zeros(23, 5))}),
+    (ops.sparse_ffn, {"activation": "swish"}),
+    (ops.sparse_ffn, {"active": Active(torch.zeros(23, dtype=torch.int64), torch.zeros(1, dtype=torch.int32))}),
+]
+
+
+@pytest.mark.parametrize("backend", ["reference", *IMPLEMENTATIONS])
+@pytest.mark.parametrize(("op", "wrong"), WRONG_INPUTS, ids=lambda value: getattr(value, "name", None))
+def test_inputs_that_do_not_belong_together_are_refused(
+    op: Op, wrong: dict[str, Any], backend: str, generator: torch.Generator
+) -> None:
+    if backend == "cpu" and core_problem():
+        pytest.skip(f"no CPU core: {core_problem()}")
+    inputs = op.make_inputs(generator, **op.cases[0]) | wrong
+    with pytest.raises(ValueError, match=r"expected|must be|none of"):
+        op.implementation(backend)(**inputs)
+
+
+@pytest.mark.parametrize("backend", ["reference", *IMPLEMENTATIONS])
+def test_a_nan_score_is_active_and_nothing_scores_nothing(backend: str) -> None:
+    if backend == "cpu" and core_problem():
+        pytest.skip(f"no CPU core: {core_problem()}")
+    select = ops.select_active.implementation(backend)
+    active = select(torch.tensor([[0.0, float("nan"), 2.0]]), torch.tensor([1.0]))
+    assert active.indices[: int(active.count)].tolist() == [1, 2]
+    assert int(select(torch.zeros(1, 0), torch.zeros(1)).count) == 0
+
+
+def test_many_tokens_go_through_gemm_in_chunks(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    if core_problem():
+        pytest.skip(f"no CPU core: {core_problem()}")
+    for module in ("quant_matmul", "sparse_ffn"):
+        monkeypatch.setattr(f"pinfer.kernels.{module}.cpu.GEMM_CHUNK_WEIGHTS", 4 * 96)
+    matmul = ops.quant_matmul.make_inputs(generator, type="Q8_0", tokens=20, rows=37, columns=96)
+    assert agrees(ops.quant_matmul, "cpu", matmul)
+    case = {"type": "Q8_0", "tokens": 20, "neurons": 37, "width": 96, "density": 0.3, "masked": True}
+    for with_gate_values in (False, True):
+        inputs = ops.sparse_ffn.make_inputs(generator, **case, with_gate_values=with_gate_values)
+        assert agrees(ops.sparse_ffn, "cpu", inputs)
+
+
 def test_strided_rows_are_read_in_place(generator: torch.Generator) -> None:
     """A view of every other row, as shards of one matrix are, needs no copy."""
     inputs = ops.quant_matmul.make_inputs(generator, type="Q4_K", tokens=1, rows=10, columns=256)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -161,15 +162,49 @@ def test_families_cover_what_the_reader_accepts(tmp_path: Path) -> None:
 def test_rope_frequency_factors_and_scale_slow_the_turning() -> None:
     x = torch.randn(4, 2, 8)
     plain = RopeConfig(dim=8, base=10000, style="halves")
-    halved = Rope(RopeConfig(dim=8, base=10000, style="halves", scale=2.0), 16)
-    factors = Rope(plain, 16, factors=torch.full((4,), 2.0))
+    halved = Rope(RopeConfig(dim=8, base=10000, style="halves", scale=2.0))
+    factors = Rope(plain, factors=torch.full((4,), 2.0))
     torch.testing.assert_close(halved(x, 4), factors(x, 4))
     # At twice the position, half the speed turns as far.
-    torch.testing.assert_close(halved(x[:1], 6), Rope(plain, 16)(x[:1], 3))
+    torch.testing.assert_close(halved(x[:1], 6), Rope(plain)(x[:1], 3))
+
+
+def test_rope_table_grows_with_the_positions() -> None:
+    x, config = torch.randn(2, 1, 8), RopeConfig(dim=8, base=10000, style="halves")
+    fresh, grown = Rope(config), Rope(config)
+    late = fresh(x, 5000)
+    grown(x, 1023)
+    torch.testing.assert_close(grown(x, 5000), late)
+    torch.testing.assert_close(grown(x, 0), Rope(config)(x, 0))
+
+
+def test_rope_frequency_factors_of_a_file_are_used(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    gguf = GGUFFile.open(write_tiny_llama(path))
+    config = model_config(gguf)
+
+    class WithFactors:
+        """The file, with Llama 3.1's tensor added."""
+
+        tensor = staticmethod(gguf.tensor)
+
+        def has(self, name: str) -> bool:
+            return name == "rope_freqs.weight" or gguf.has(name)
+
+        def vector(self, name: str) -> torch.Tensor:
+            return torch.full((8,), 4.0) if name == "rope_freqs.weight" else gguf.vector(name)
+
+    scaled = dataclasses.replace(config, rope=dataclasses.replace(config.rope, scale=4.0))
+    with torch.inference_mode():
+        expected = (model := build_model(gguf, scaled, 64))(TOKENS, model.new_cache())
+        factored = (model := build_model(WithFactors(), config, 64))(TOKENS, model.new_cache())
+        plain = (model := build_model(gguf, config, 64))(TOKENS, model.new_cache())
+    close(factored, expected)
+    assert float((plain - expected).abs().max()) > 1e-2
 
 
 def test_rope_leaves_the_rest_of_a_head_alone() -> None:
     x = torch.randn(3, 1, 8)
-    turned = Rope(RopeConfig(dim=4, base=100, style="interleaved"), 8)(x, 1)
+    turned = Rope(RopeConfig(dim=4, base=100, style="interleaved"))(x, 1)
     assert torch.equal(turned[..., 4:], x[..., 4:])
     assert not torch.equal(turned[..., :4], x[..., :4])

@@ -73,6 +73,29 @@ def test_repeat_penalty_forgets_beyond_its_window() -> None:
     assert draws(with_stage(temperature=0, repeat_penalty=10.0, repeat_last_n=0), 1, history=(1,)) == {1: 1}
 
 
+def test_temperature_comes_after_the_cuts() -> None:
+    """A high temperature must not let the tail through top-p or min-p."""
+    assert set(draws(with_stage(temperature=50.0, min_p=0.3))) == {1, 3}
+    assert set(draws(with_stage(temperature=50.0, top_p=0.65))) == {1, 3}
+
+
+def test_top_p_keeps_the_token_that_reaches_it_and_no_more() -> None:
+    halves = torch.tensor([0.5, 0.25, 0.25]).log()
+    sampler = Sampler(with_stage(top_p=0.5))
+    assert {sampler(halves, ()) for _ in range(200)} == {0}
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-40, 1e-12])
+def test_tiny_temperatures_are_greedy(temperature: float) -> None:
+    assert set(draws(with_stage(temperature=temperature), 50)) == {1}
+
+
+def test_banned_tokens_are_never_drawn() -> None:
+    sampler = Sampler(with_stage())
+    assert 1 not in {sampler(LOGITS, (), [1, 3]) for _ in range(300)}
+    assert Sampler(with_stage(temperature=0))(LOGITS, (), [1]) == 3
+
+
 def test_equal_seeds_draw_alike_and_a_missing_one_is_reported() -> None:
     first, second = Sampler(with_stage(seed=5)), Sampler(with_stage(seed=5))
     assert [first(LOGITS, ()) for _ in range(50)] == [second(LOGITS, ()) for _ in range(50)]

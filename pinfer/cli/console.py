@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -25,9 +25,15 @@ def emit_json(values: dict[str, Any]) -> None:
     print(json.dumps(finite, ensure_ascii=False, allow_nan=False), flush=True)
 
 
-def console(stream: TextIO | None = None) -> Console:
-    """A rich console; it drops colours by itself where the stream is no terminal."""
-    return Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Let the command line say it, instead of exiting in silence."""
+        raise BrokenPipeError
+
+
+def console() -> Console:
+    """A rich console on stdout; it drops colours by itself where that is no terminal."""
+    return _Console(file=sys.stdout, highlight=False, soft_wrap=True)
 
 
 def read_prompt(prompt: str | None, file: str | None) -> str | None:

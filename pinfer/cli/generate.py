@@ -8,12 +8,13 @@ from typing import Annotated, Any, Literal, cast
 import typer
 
 from pinfer.cli import options
-from pinfer.cli.console import console, emit_json, note, read_prompt, size
+from pinfer.cli.console import emit_json, note, read_prompt, size
 from pinfer.config import Activation, Backend, Method, RunConfig, SamplingConfig
 from pinfer.engine import Engine, Generation, GenerationStats, load_engine
 
 # Flags of llama.cpp and PowerInfer that are accepted and do nothing until the device side exists.
 _CPU_ONLY = "this version computes on the CPU alone"
+YELLOW, RESET = "\x1b[33m", "\x1b[0m"
 
 Number = Annotated[int, typer.Option("-n", "--n-predict", help="Tokens to generate; -1: until the end of text.")]
 Context = Annotated[int | None, typer.Option("-c", "--ctx-size", help="Positions of context; 0: the model's limit.")]
@@ -70,7 +71,15 @@ def generate(
     json: options.Json = False,
 ) -> None:
     """Continue a prompt."""
-    sampling = SamplingConfig(temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed)
+    sampling = SamplingConfig(
+        temperature=temp,
+        top_k=max(0, top_k),  # llama.cpp: 0 and below are off
+        top_p=top_p,
+        min_p=min_p,
+        repeat_penalty=repeat_penalty,
+        repeat_last_n=2**31 - 1 if repeat_last_n == -1 else repeat_last_n,  # llama.cpp: the whole context
+        seed=None if seed == -1 else seed,  # llama.cpp: random
+    )
     run = RunConfig(
         model=model,
         context=ctx_size,
@@ -117,6 +126,7 @@ class _Task:
         self._max_tokens, self._stop, self._ignore_eos, self._special = max_tokens, stop, ignore_eos, special
 
     def encode(self, text: str, *, opening: bool = True) -> list[int]:
+        self.engine.check_length(text)
         add_bos = None if opening else False
         return self.engine.tokenizer.encode(text, add_bos=add_bos, parse_special=self._special)
 
@@ -153,8 +163,8 @@ def _check_device_flags(
 
 def _stream(generation: Generation, echo: str | None, color: bool) -> None:
     if echo is not None:
-        out = console()
-        out.print(echo, style="yellow" if color else None, end="", markup=False)
+        coloured = color and sys.stdout.isatty()
+        sys.stdout.write(f"{YELLOW}{echo}{RESET}" if coloured else echo)
     for text in generation:
         sys.stdout.write(text)
         sys.stdout.flush()

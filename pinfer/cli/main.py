@@ -6,6 +6,7 @@ to stderr; PINFER_TRACEBACK=1 shows the Python traceback instead.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import sys
@@ -56,6 +57,8 @@ def run(arguments: Sequence[str]) -> int:
     """Run a command line; returns its exit code."""
     if os.environ.get("PINFER_TRACEBACK"):
         return _invoke(arguments)
+    if sys.stdout is None:
+        return _fail("failed: standard output is closed", FAILED)
     try:
         return _invoke(arguments)
     except KeyboardInterrupt:
@@ -68,6 +71,9 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(f"error: {_one_line(error)}", BAD_INPUT)
     except (RuntimeError, OSError, MemoryError) as error:
         return _fail(f"failed: {_one_line(error)}", FAILED)
+    except Exception as error:
+        where = "PINFER_TRACEBACK=1 shows where"
+        return _fail(f"failed: {type(error).__name__}: {_one_line(error)} ({where})", FAILED)
 
 
 def _invoke(arguments: Sequence[str]) -> int:
@@ -98,7 +104,8 @@ def _offending(error: Exception, arguments: Sequence[str]) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"pinfer: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, AttributeError):  # stderr may be closed as well
+        print(f"pinfer: {message}", file=sys.stderr, flush=True)
     return code
 
 

@@ -29,6 +29,7 @@ class GenerationStats:
     prompt_tokens: int
     prompt_s: float
     decoded_tokens: int
+    decode_steps: int
     decode_s: float
     density: float
     peak_rss_bytes: int
@@ -39,8 +40,8 @@ class GenerationStats:
 
     @property
     def tokens_per_s(self) -> float:
-        """Decode speed, over the tokens that took a forward pass: the first one is part of the prefill."""
-        return (self.decoded_tokens - 1) / self.decode_s if self.decode_s and self.decoded_tokens > 1 else 0.0
+        """Decode speed in forward passes: the first token comes out of the prefill and takes none."""
+        return self.decode_steps / self.decode_s if self.decode_s else 0.0
 
 
 class Generation:
@@ -70,9 +71,11 @@ class Generation:
             )
         if max_tokens is not None and max_tokens < 0:
             raise ValueError(f"the number of tokens to generate must be at least 0, not {max_tokens}")
-        self._engine, self._ignore_eos = engine, ignore_eos
-        self._unbounded = max_tokens is None
-        self._limit = context - len(prompt) if max_tokens is None else max_tokens
+        self._engine = engine
+        self._banned = sorted(engine.tokenizer.eog_ids) if ignore_eos else []
+        room = context - len(prompt)
+        self._limit = room if max_tokens is None else min(room, max_tokens)
+        self._filled_by_limit = max_tokens is None or max_tokens > room
         self._sampler = Sampler(sampling)
         self._stop = StopStrings(stop)
         self._detokenizer = engine.tokenizer.stream(after=prompt)
@@ -82,13 +85,16 @@ class Generation:
         self.text = ""
         self.finish_reason: FinishReason = "length"
         self.seed = self._sampler.seed
+        self._history = list(prompt)
+        self._steps = 0
         self._prompt_s = self._decode_s = 0.0
 
     def __iter__(self) -> Iterator[str]:
+        if self._cache.length:
+            raise RuntimeError("a generation runs once; make another to run again")
         sparsify.reset_activity(self._engine.model)
         logits = self._prefill()
         if self._limit > 0:
-            sparsify.reset_activity(self._engine.model)
             yield from self._decode(logits)
             tail = self._stop.push(self._detokenizer.flush()) + self._stop.flush()
             if tail:
@@ -102,16 +108,17 @@ class Generation:
             with self._engine.computing():
                 logits = self._engine.model(chunk, self._cache, last_only=True)
         self._prompt_s = time.perf_counter() - began
-        return logits[0]
+        return self._trim(logits)
 
     def _decode(self, logits: torch.Tensor) -> Iterator[str]:
         while True:
             began = time.perf_counter()
-            token = self._sampler(logits, self.prompt + self.ids)
-            if token in self._engine.tokenizer.eog_ids and not self._ignore_eos:
+            token = self._sampler(logits, self._history, self._banned)
+            if token in self._engine.tokenizer.eog_ids:
                 self.finish_reason = "eos"
                 return
             self.ids.append(token)
+            self._history.append(token)
             text = self._stop.push(self._detokenizer.push(token))
             self.text += text
             self._decode_s += time.perf_counter() - began
@@ -127,17 +134,22 @@ class Generation:
         if self._stop.stopped:
             self.finish_reason = "stop"
         elif len(self.ids) >= self._limit:
-            self.finish_reason = "context" if self._unbounded else "length"
-        elif self._cache.length >= self._cache.context:
-            self.finish_reason = "context"
+            self.finish_reason = "context" if self._filled_by_limit else "length"
         else:
             return True
         return False
 
     def _step(self, token: int) -> torch.Tensor:
         """One decode step: logits float32 [V] after `token`."""
+        if self._steps == 0:  # from here on density is that of decode
+            sparsify.reset_activity(self._engine.model)
+        self._steps += 1
         with self._engine.computing():
-            return self._engine.model(torch.tensor([token]), self._cache)[0]
+            return self._trim(self._engine.model(torch.tensor([token]), self._cache))
+
+    def _trim(self, logits: torch.Tensor) -> torch.Tensor:
+        """The last row, without the padding that some embeddings have behind the vocabulary."""
+        return logits[-1, : self._engine.tokenizer.vocab_size]
 
     @property
     def stats(self) -> GenerationStats:
@@ -145,6 +157,7 @@ class Generation:
             prompt_tokens=len(self.prompt),
             prompt_s=self._prompt_s,
             decoded_tokens=len(self.ids),
+            decode_steps=self._steps,
             decode_s=self._decode_s,
             density=sparsify.density(self._engine.model),
             peak_rss_bytes=peak_rss_bytes(),

@@ -15,12 +15,13 @@ from pinfer.formats.gguf import GGUFFile
 from pinfer.formats.model_config import check_tensors, model_config
 from pinfer.formats.tokenizer import Tokenizer, load_tokenizer
 from pinfer.kernels.cpp import core_problem
-from pinfer.kernels.registry import use_backend
+from pinfer.kernels.registry import check_backend, use_backend
 from pinfer.models import Transformer, build_model
 from pinfer.placement import Plan
 from pinfer.sparsify import (
     PredictorMaker,
     calibrate_gate_thresholds,
+    down_error,
     exact_predictors,
     gate_threshold_predictors,
     resolve_method,
@@ -32,6 +33,7 @@ SHIPPED_MODEL = ASSETS / "pinfer-tiny-q8_0.gguf"
 CALIBRATION_TEXT = ASSETS / "calibration.txt"
 
 DEFAULT_CONTEXT = 4096
+MAX_TOKEN_BYTES = 256  # no token of a known vocabulary is longer
 CALIBRATION_TOKENS = 1024
 CALIBRATION_EXCERPTS = 4  # spread over the text, which changes its subject as it goes
 
@@ -47,6 +49,16 @@ class Engine:
     model: Transformer
     method: Method
     notes: tuple[str, ...] = ()
+
+    def check_length(self, text: str) -> None:
+        """ValueError for a text that cannot fit the context however it is tokenised, before any work on it."""
+        n_bytes = len(text.encode("utf-8", "surrogatepass"))
+        if n_bytes <= MAX_TOKEN_BYTES * self.model.context:
+            return
+        raise ValueError(
+            f"the prompt has {n_bytes} bytes, too many for the context of {self.model.context} tokens: "
+            f"shorten it or raise --ctx-size (the model's limit is {self.config.context_length})"
+        )
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -70,14 +82,17 @@ def load_engine(run: RunConfig) -> Engine:
     if run.activation is not None:
         config = dataclasses.replace(config, activation=run.activation)
     method = resolve_method(run.method, config.activation, run.sparsity)
+    if method == "dense" and run.cold_fraction:
+        raise ValueError(f"cold_fraction {run.cold_fraction:g} has no meaning for the dense method")
     tokenizer = load_tokenizer(gguf.metadata)
     if tokenizer.vocab_size > config.vocab_size:
         raise gguf.error(f"the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size} rows")
     model = build_model(gguf, config, _context(run.context, config))
-    engine = Engine(run, path, config, tokenizer, model, method, _notes(run))
+    engine = Engine(run, path, config, tokenizer, model, method)
+    check_backend(run.backend, model.embedding.device)
     with engine.computing():
         _make_sparse(engine)
-    return engine
+    return dataclasses.replace(engine, notes=tuple(_notes(engine)))
 
 
 def _context(asked: int | None, config: ModelConfig) -> int:
@@ -86,10 +101,11 @@ def _context(asked: int | None, config: ModelConfig) -> int:
     return asked or config.context_length
 
 
-def _notes(run: RunConfig) -> tuple[str, ...]:
-    if run.backend == "auto" and (problem := core_problem()):
-        return (f"the slower torch reference computes: {problem}",)
-    return ()
+def _notes(engine: Engine) -> Iterator[str]:
+    if engine.run.backend == "auto" and (problem := core_problem()):
+        yield f"the slower torch reference computes: {problem}"
+    if error := down_error(engine.model):
+        yield f"down was requantised to Q8_0 for the sparse path, at {100 * error:.2g} % of its weights' RMS"
 
 
 def _make_sparse(engine: Engine) -> None:
@@ -105,7 +121,7 @@ def _predictors(engine: Engine) -> PredictorMaker:
         return exact_predictors
     assert engine.run.sparsity is not None
     text = CALIBRATION_TEXT.read_text(encoding="utf-8")
-    tokens = calibration_tokens(engine.tokenizer, text, min(CALIBRATION_TOKENS, engine.model.context))
+    tokens = calibration_tokens(engine.tokenizer, text, min(CALIBRATION_TOKENS, engine.config.context_length))
     return gate_threshold_predictors(calibrate_gate_thresholds(engine.model, tokens, engine.run.sparsity))
 
 
@@ -113,7 +129,9 @@ def calibration_tokens(tokenizer: Tokenizer, text: str, length: int) -> torch.Te
     """int64 [<= length]: BOS where the model uses one, then excerpts from all over the text."""
     start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     ids = tokenizer.encode(text, add_bos=False)
-    step = max(1, (length - len(start)) // CALIBRATION_EXCERPTS)
+    if length - len(start) < CALIBRATION_EXCERPTS:
+        raise ValueError(f"calibration needs at least {CALIBRATION_EXCERPTS + len(start)} tokens, not {length}")
+    step = (length - len(start)) // CALIBRATION_EXCERPTS
     stride = max(step, len(ids) // CALIBRATION_EXCERPTS)
     excerpts = [ids[at : at + step] for at in range(0, len(ids), stride)][:CALIBRATION_EXCERPTS]
     return torch.tensor(start + [token for excerpt in excerpts for token in excerpt])

@@ -18,16 +18,22 @@ class Sampler:
         self.seed = secrets.randbits(32) if config.seed is None else config.seed
         self._generator = torch.Generator().manual_seed(self.seed)
 
-    def __call__(self, logits: torch.Tensor, history: Sequence[int]) -> int:
-        """Choose from logits float32 [V], given all tokens so far. RuntimeError if they are not finite."""
+    def __call__(self, logits: torch.Tensor, history: Sequence[int], banned: Sequence[int] = ()) -> int:
+        """Choose from logits float32 [V], given all tokens so far and ids that must not be drawn.
+
+        RuntimeError if the logits are not finite.
+        """
         if not torch.isfinite(logits).all():
             raise RuntimeError("the model's output is not finite: its weights or its input are damaged")
         config = self.config
+        if banned:
+            logits = logits.index_fill(0, torch.tensor(banned), -torch.inf)
         logits = _penalise(logits, history, config)
         if config.temperature == 0:
             return int(logits.argmax())
         logits, tokens = _candidates(logits, config)
-        probabilities = (logits / config.temperature).softmax(-1)
+        # In double and from the best one down, so that no temperature overflows.
+        probabilities = ((logits.double() - logits.max()) / config.temperature).softmax(-1)
         return int(tokens[torch.multinomial(probabilities, 1, generator=self._generator)])
 
 

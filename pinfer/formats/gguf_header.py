@@ -18,7 +18,7 @@ from pinfer.formats.errors import FormatError, shown
 
 # The largest header seen, Gemma 4's vocabulary, takes 16 MB with 1.3 million array items.
 MAX_HEADER_BYTES = 64 << 20
-MAX_ARRAY_ITEMS = 2 << 20
+MAX_ARRAY_ITEMS = 1_500_000
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 16
 MAX_KEY_BYTES = (1 << 16) - 1

@@ -7,32 +7,49 @@ Q8_0 scale (as in models we export) the transpose is the same numbers in another
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from pinfer.kernels.ops import dequantize
 from pinfer.quant import BF16, F16, F32, Q8_0, QuantTensor
 
-# Rows requantised at a time: 32 rows of a 70B model's down are 3.7 MB of floats.
+# Rows requantised at a time, a Q8_0 block of the transpose: 3.7 MB of floats for a 70B model's down.
 TILE = 32
 
 
-def transpose_weights(weight: QuantTensor) -> QuantTensor:
-    """A QuantTensor [N, D] holding the transpose of `weight` [D, N].
+def transpose_weights(weight: QuantTensor) -> tuple[QuantTensor, float]:
+    """A QuantTensor [N, D] holding the transpose of `weight` [D, N], and its relative RMS error.
 
     Floats stay as they are; quantised types become Q8_0 (F16 where D is no multiple of 32).
     """
     if weight.type in (F32, F16, BF16):
         dtype = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}[weight.type]
-        return QuantTensor.from_dense(weight.blocks.contiguous().view(dtype).T)
-    if weight.rows % TILE:
-        return QuantTensor.from_dense(dequantize(weight).T.half())
-    if weight.type is Q8_0 and (exact := _transpose_tiles(weight)) is not None:
-        return exact
-    out = torch.empty(weight.columns, weight.rows // TILE, Q8_0.block_bytes, dtype=torch.uint8, device=weight.device)
-    for tile in range(weight.rows // TILE):
-        columns = dequantize(weight[TILE * tile : TILE * (tile + 1)]).T  # [N, 32], a column of blocks
-        out[:, tile] = quantize_q8_0(columns)
-    return QuantTensor(out.flatten(1), Q8_0, weight.rows)
+        return QuantTensor.from_dense(weight.blocks.contiguous().view(dtype).T), 0.0
+    if weight.type is Q8_0 and weight.rows % TILE == 0 and (exact := _transpose_tiles(weight)) is not None:
+        return exact, 0.0
+    requantise = _to_q8_0 if weight.rows % TILE == 0 else _to_f16
+    strips, squared_error, squared = [], 0.0, 0.0
+    for strip in range(0, weight.rows, TILE):
+        columns = dequantize(weight[strip : strip + TILE]).T  # [N, 32], a column of blocks
+        blocks, restored = requantise(columns)
+        strips.append(blocks)
+        squared_error += float((restored - columns).double().square().sum())
+        squared += float(columns.double().square().sum())
+    kind = Q8_0 if requantise is _to_q8_0 else F16
+    error = math.sqrt(squared_error / squared) if squared else 0.0
+    return QuantTensor(torch.cat(strips, dim=1), kind, weight.rows), error
+
+
+def _to_q8_0(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks uint8 [N, 34] of float32 [N, 32], and the values they stand for."""
+    blocks = quantize_q8_0(columns)
+    return blocks, dequantize(QuantTensor(blocks, Q8_0, TILE))
+
+
+def _to_f16(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    halves = QuantTensor.from_dense(columns.half())
+    return halves.blocks, dequantize(halves)
 
 
 def quantize_q8_0(values: torch.Tensor) -> torch.Tensor:
@@ -52,9 +69,3 @@ def _transpose_tiles(weight: QuantTensor) -> QuantTensor | None:
     per_block = scales[:, 0].permute(1, 0, 2)[:, None].expand(-1, TILE, -1, -1)  # [N/32, 32, D/32, 2]
     blocks = torch.cat([per_block, by_neuron], dim=-1)
     return QuantTensor(blocks.reshape(weight.columns, -1), Q8_0, weight.rows)
-
-
-def relative_error(weight: QuantTensor, transposed: QuantTensor) -> float:
-    """RMS of the transpose's deviation over the RMS of the weights."""
-    original = dequantize(weight)
-    return float((dequantize(transposed).T - original).square().mean().sqrt() / original.square().mean().sqrt())

@@ -28,24 +28,32 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+ROPE_POSITIONS = 1024  # tabulated at first
+
+
 class Rope(nn.Module):
-    """Rotary embedding (Su et al. 2021) with cos and sin kept for every position of the context.
+    """Rotary embedding (Su et al. 2021); the table of cos and sin grows with the positions asked for.
 
     `factors` float32 [dim / 2] divides the frequencies (Llama 3's long-context scaling).
     """
 
-    def __init__(self, config: RopeConfig, context: int, factors: torch.Tensor | None = None) -> None:
+    def __init__(self, config: RopeConfig, factors: torch.Tensor | None = None) -> None:
         super().__init__()
         self.dim, self.interleaved = config.dim, config.style == "interleaved"
         frequency = config.base ** (-torch.arange(0, config.dim, 2, dtype=torch.float64) / config.dim) / config.scale
-        if factors is not None:
-            frequency = frequency / factors.double()
-        angle = torch.outer(torch.arange(context, dtype=torch.float64), frequency)  # [context, dim / 2]
-        self.cos, self.sin = angle.cos().float()[:, None], angle.sin().float()[:, None]
+        self.frequency = frequency if factors is None else frequency / factors.double()  # float64 [dim / 2]
+        self._tabulate(ROPE_POSITIONS)
+
+    def _tabulate(self, positions: int) -> None:
+        angle = torch.outer(torch.arange(positions, dtype=torch.float64), self.frequency)
+        self.cos, self.sin = angle.cos().float()[:, None], angle.sin().float()[:, None]  # [positions, 1, dim / 2]
 
     def forward(self, x: torch.Tensor, start: int) -> torch.Tensor:
         """Rotate x [T, heads, head_dim], the tokens at positions start, start + 1, …"""
-        cos, sin = self.cos[start : start + x.shape[0]], self.sin[start : start + x.shape[0]]
+        end = start + x.shape[0]
+        if end > self.cos.shape[0]:
+            self._tabulate(2 * end)
+        cos, sin = self.cos[start:end], self.sin[start:end]
         rotated, rest = x[..., : self.dim], x[..., self.dim :]
         if self.interleaved:
             a, b = rotated[..., 0::2], rotated[..., 1::2]
@@ -137,10 +145,20 @@ class Attention(nn.Module):
         if self.window is not None:
             first = max(0, start - self.window + 1)  # nothing earlier is seen by any of these tokens
             keys, values = keys[:, first:], values[:, first:]
-        mask = None if tokens == 1 else self._mask(start - first, tokens, keys.shape[1])
+        if tokens == 1:
+            return self._attend_one(query, keys, values)
+        mask = self._mask(start - first, tokens, keys.shape[1])
         return F.scaled_dot_product_attention(
             query[None], keys[None], values[None], attn_mask=mask, scale=self.config.attention_scale, enable_gqa=True
         )[0]
+
+    def _attend_one(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """One token sees everything kept: the heads of a group go through its keys together, which reads them once."""
+        grouped = query.view(keys.shape[0], -1, self.config.head_dim)  # [kv_heads, group, head_dim]
+        mixed = F.scaled_dot_product_attention(
+            grouped[None], keys[None], values[None], scale=self.config.attention_scale
+        )
+        return mixed.view(-1, 1, self.config.head_dim)
 
     def _mask(self, start: int, tokens: int, seen: int) -> torch.Tensor:
         """bool [T, S]: token start + i sees position j where start + i - window < j <= start + i."""

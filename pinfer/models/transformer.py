@@ -31,8 +31,8 @@ class Transformer(nn.Module):
         self.config, self.context = config, context
         self.embedding = weights.tensor("token_embd.weight")  # [V, D]
         factors = weights.vector("rope_freqs.weight") if weights.has("rope_freqs.weight") else None
-        rope = Rope(config.rope, context, factors)
-        local = rope if config.rope_local is None else Rope(config.rope_local, context)
+        rope = Rope(config.rope, factors)
+        local = rope if config.rope_local is None else Rope(config.rope_local)
         ropes = [local if config.is_sliding(layer) else rope for layer in range(config.n_layers)]
         self.blocks = nn.ModuleList(
             build_block(weights, config, layer, ropes[layer]) for layer in range(config.n_layers)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pinfer.kernels.ops import select_active
-from pinfer.kernels.select_active import Active
+from pinfer.kernels.select_active import Active, passes
 
 
 class Prediction(NamedTuple):
@@ -39,5 +39,5 @@ class Predictor(nn.Module, ABC):
 
 def predict_above(scores: torch.Tensor, threshold: torch.Tensor, gate_values: torch.Tensor | None) -> Prediction:
     """A Prediction of the neurons with scores [T, N] above threshold [1] or [N]."""
-    mask = None if scores.shape[0] == 1 else scores > threshold
+    mask = None if scores.shape[0] == 1 else passes(scores, threshold)
     return Prediction(select_active(scores, threshold), mask, gate_values)

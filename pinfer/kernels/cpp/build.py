@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def _try_load() -> ctypes.CDLL | CoreError:
         core = ctypes.CDLL(str(_build()))
     except CoreError as error:
         return error
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         return CoreError(f"the C++ core cannot be built: {error}")
     core.pinfer_select_active.restype = ctypes.c_int64
     return core
@@ -67,13 +68,19 @@ def _try_load() -> ctypes.CDLL | CoreError:
 
 def cache_folder() -> Path:
     """Where compiled code is kept: $PINFER_CACHE, else the XDG cache folder."""
-    base = os.environ.get("PINFER_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pinfer"
+    if own := os.environ.get("PINFER_CACHE"):
+        return Path(own).absolute()
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The XDG specification has relative and empty values ignored.
+    return (base if base.is_absolute() else Path.home() / ".cache") / "pinfer"
 
 
 def _build() -> Path:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    compiler = (
+        shlex.split(os.environ.get("CXX", ""))
+        or [found for name in ("g++", "clang++") if (found := shutil.which(name))][:1]
+    )
+    if not compiler:
         raise CoreError("no C++ compiler found (g++ or clang++, or name one in CXX)")
     folder = Path(__file__).parent
     library = cache_folder() / f"core-{_fingerprint(compiler, folder)}.so"
@@ -83,11 +90,11 @@ def _build() -> Path:
     return library
 
 
-def _fingerprint(compiler: str, folder: Path) -> str:
+def _fingerprint(compiler: list[str], folder: Path) -> str:
     digest = hashlib.sha256()
     for name in SOURCES:
         digest.update((folder / name).read_bytes())
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
     digest.update(repr((FLAGS, compiler, version, _cpu(), torch.__version__, sys.platform)).encode())
     return digest.hexdigest()[:16]
 
@@ -103,14 +110,17 @@ def _cpu() -> str:
     )
 
 
-def _compile(compiler: str, folder: Path, library: Path) -> None:
+def _compile(compiler: list[str], folder: Path, library: Path) -> None:
     handle, unfinished = tempfile.mkstemp(suffix=".so", dir=library.parent)
     os.close(handle)
     try:
-        command = [compiler, *FLAGS, "-shared", str(folder / "core.cpp"), "-o", unfinished]
+        command = [*compiler, *FLAGS, "-shared", str(folder / "core.cpp"), "-o", unfinished]
         result = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S)
         if result.returncode:
-            raise CoreError(f"{compiler} cannot compile the C++ core:\n{result.stderr.strip()[-2000:]}")
+            first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr[:200])
+            raise CoreError(f"{shlex.join(compiler)} cannot compile the C++ core: {first.strip()}")
+        with open(unfinished, "rb") as built:
+            os.fsync(built.fileno())  # a crash must not leave a short library under the final name
         os.replace(unfinished, library)
     finally:
         Path(unfinished).unlink(missing_ok=True)

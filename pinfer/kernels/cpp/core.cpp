@@ -23,8 +23,9 @@ float activate(int kind, float g) {
     switch (kind) {
         case SILU: return g / (1.0f + std::exp(-g));
         case GELU_TANH: return 0.5f * g * (1.0f + std::tanh(0.7978845608028654f * (g + 0.044715f * g * g * g)));
-        case RELU: return g > 0 ? g : 0.0f;
-        default: return g > 0 ? g * g : 0.0f;
+        // NaN passes through: it must not look like an inactive neuron.
+        case RELU: return g < 0 ? 0.0f : g;
+        default: return g < 0 ? 0.0f : g * g;
     }
 }
 
@@ -83,13 +84,13 @@ void pinfer_matmul(const pinfer_matrix* w, const float* x, int64_t tokens, float
     }
 }
 
-// indices: ascending n with scores[t, n] > threshold[n * threshold_stride] for some t; returns their number.
+// indices: ascending n with scores[t, n] above threshold[n * threshold_stride], or NaN, for some t; returns their number.
 int64_t pinfer_select_active(const float* scores, int64_t tokens, int64_t neurons, const float* threshold,
                              int64_t threshold_stride, int32_t* indices) {
     int64_t count = 0;
     for (int64_t n = 0; n < neurons; ++n) {
         bool active = false;
-        for (int64_t t = 0; t < tokens; ++t) active |= scores[t * neurons + n] > threshold[n * threshold_stride];
+        for (int64_t t = 0; t < tokens; ++t) active |= !(scores[t * neurons + n] <= threshold[n * threshold_stride]);
         indices[count] = int32_t(n);  // overwritten unless active
         count += active;
     }

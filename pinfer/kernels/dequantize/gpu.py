@@ -11,7 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from pinfer.quant import QuantTensor
+from pinfer.kernels.aot import BYTES, FLOATS, Build
+from pinfer.quant import BY_NAME, QuantTensor
+
+BLOCK_K, NUM_WARPS = 1024, 4
 
 
 @triton.jit
@@ -153,8 +156,17 @@ def _dequantize_kernel(blocks_ptr, row_stride, out_ptr, columns, TYPE: tl.conste
 
 def dequantize(weight: QuantTensor) -> torch.Tensor:
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    grid = (weight.rows, triton.cdiv(weight.columns, 1024))
+    grid = (weight.rows, triton.cdiv(weight.columns, BLOCK_K))
     _dequantize_kernel[grid](
-        weight.blocks, weight.blocks.stride(0), out, weight.columns, TYPE=weight.type.name, BLOCK_K=1024
-    )
+        weight.blocks, weight.blocks.stride(0), out, weight.columns,
+        TYPE=weight.type.name, BLOCK_K=BLOCK_K, num_warps=NUM_WARPS,
+    )  # fmt: skip
     return out
+
+
+def builds() -> list[Build]:
+    arguments = {"blocks_ptr": BYTES, "row_stride": "i64", "out_ptr": FLOATS, "columns": "i32"}
+    return [
+        Build(f"dequantize {name}", _dequantize_kernel, arguments, {"TYPE": name, "BLOCK_K": BLOCK_K}, NUM_WARPS)
+        for name in BY_NAME
+    ]

@@ -9,6 +9,7 @@ import torch
 from pinfer.kernels.cpp.binding import floats, matrix, pointer, threads
 from pinfer.kernels.cpp.build import load_core
 from pinfer.kernels.dequantize.cpu import dequantize
+from pinfer.kernels.quant_matmul.reference import check_inputs
 from pinfer.quant import QuantTensor
 
 # Unpacking a row costs about as much as eight dot products with it; past this many tokens
@@ -19,9 +20,8 @@ GEMM_CHUNK_WEIGHTS = 4 * 1024 * 1024
 
 
 def quant_matmul(x: torch.Tensor, weight: QuantTensor) -> torch.Tensor:
+    check_inputs(x, weight)
     x = floats(x)
-    if x.shape[1] != weight.columns:
-        raise ValueError(f"x has {x.shape[1]} columns, the weight has {weight.columns}")
     out = torch.empty(x.shape[0], weight.rows)
     if x.shape[0] < GEMM_FROM_TOKENS:
         load_core().pinfer_matmul(

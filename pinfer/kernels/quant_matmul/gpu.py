@@ -6,11 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
+from pinfer.kernels.aot import BYTES, FLOATS, Build
 from pinfer.kernels.dequantize.gpu import weights_at
-from pinfer.quant import QuantTensor
+from pinfer.kernels.quant_matmul.reference import check_inputs
+from pinfer.quant import BY_NAME, QuantTensor
 
 # 16 x 256 tiles spill on sm_80 to sm_90 for Q3_K, Q6_K and F32, 8 x 256 for Q5_0 and Q5_1 on sm_80.
-BLOCK_N, BLOCK_K = 8, 128
+BLOCK_N, BLOCK_K, NUM_WARPS = 8, 128, 4
 
 
 @triton.jit
@@ -39,13 +41,27 @@ def _quant_matmul_kernel(
 
 
 def quant_matmul(x: torch.Tensor, weight: QuantTensor) -> torch.Tensor:
-    if x.shape[1] != weight.columns:
-        raise ValueError(f"x has {x.shape[1]} columns, the weight has {weight.columns}")
+    check_inputs(x, weight)
     x = x.contiguous()
     out = torch.empty(x.shape[0], weight.rows, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(weight.rows, BLOCK_N), x.shape[0])
     _quant_matmul_kernel[grid](
         x, weight.blocks, weight.blocks.stride(0), out, weight.rows, weight.columns,
-        TYPE=weight.type.name, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
+        TYPE=weight.type.name, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=NUM_WARPS,
     )  # fmt: skip
     return out
+
+
+def builds() -> list[Build]:
+    arguments = {"x_ptr": FLOATS, "blocks_ptr": BYTES, "row_stride": "i64", "out_ptr": FLOATS}
+    arguments |= {"rows": "i32", "columns": "i32"}
+    return [
+        Build(
+            f"quant_matmul {name}",
+            _quant_matmul_kernel,
+            arguments,
+            {"TYPE": name, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K},
+            NUM_WARPS,
+        )
+        for name in BY_NAME
+    ]

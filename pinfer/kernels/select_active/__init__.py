@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from pinfer.kernels.registry import Op
-from pinfer.kernels.select_active.reference import Active
+from pinfer.kernels.select_active.reference import Active, passes
 from pinfer.kernels.select_active.reference import select_active as reference
 
 
@@ -45,4 +45,4 @@ OP = Op(
     tolerance=0,
 )
 
-__all__ = ["OP", "Active"]
+__all__ = ["OP", "Active", "passes"]

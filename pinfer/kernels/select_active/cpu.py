@@ -8,13 +8,12 @@ import torch
 
 from pinfer.kernels.cpp.binding import floats, pointer
 from pinfer.kernels.cpp.build import load_core
-from pinfer.kernels.select_active.reference import Active
+from pinfer.kernels.select_active.reference import Active, check_inputs
 
 
 def select_active(scores: torch.Tensor, threshold: torch.Tensor) -> Active:
+    check_inputs(scores, threshold)
     tokens, neurons = scores.shape
-    if threshold.numel() not in (1, neurons):
-        raise ValueError(f"threshold has {threshold.numel()} entries, expected 1 or {neurons}")
     scores, threshold = floats(scores), floats(threshold)
     indices = torch.empty(neurons, dtype=torch.int32)
     count = load_core().pinfer_select_active(

@@ -9,7 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from pinfer.kernels.select_active.reference import Active
+from pinfer.kernels.aot import FLOATS, INTS, Build
+from pinfer.kernels.select_active.reference import Active, check_inputs
+
+BLOCK_N, NUM_WARPS = 2048, 4
 
 
 @triton.jit
@@ -22,9 +25,11 @@ def _select_active_kernel(
         inside = n < neurons
         threshold = tl.load(threshold_ptr + n * threshold_stride, mask=inside, other=0.0)
         active = tl.zeros([BLOCK_N], tl.int32)
-        for t in range(tokens):
-            score = tl.load(scores_ptr + t * neurons + n, mask=inside, other=0.0)
-            active |= (score > threshold).to(tl.int32)
+        row_ptr = scores_ptr + n
+        for _ in range(tokens):
+            score = tl.load(row_ptr, mask=inside, other=0.0)
+            active |= tl.where(score <= threshold, 0, 1)
+            row_ptr += neurons
         active = tl.where(inside, active, 0)
         slot = count + tl.cumsum(active, axis=0) - active
         tl.store(indices_ptr + slot, n, mask=active > 0)
@@ -33,16 +38,24 @@ def _select_active_kernel(
 
 
 def select_active(scores: torch.Tensor, threshold: torch.Tensor) -> Active:
+    check_inputs(scores, threshold)
     tokens, neurons = scores.shape
-    if threshold.numel() not in (1, neurons):
-        raise ValueError(f"threshold has {threshold.numel()} entries, expected 1 or {neurons}")
     scores, threshold = scores.contiguous(), threshold.contiguous()
     active = Active(
         torch.empty(neurons, dtype=torch.int32, device=scores.device),
         torch.empty(1, dtype=torch.int32, device=scores.device),
     )
-    block_n = min(2048, triton.next_power_of_2(neurons))
+    if neurons == 0:
+        active.count.zero_()
+        return active
     _select_active_kernel[(1,)](
-        scores, threshold, int(threshold.numel() > 1), active.indices, active.count, tokens, neurons, BLOCK_N=block_n
-    )
+        scores, threshold, int(threshold.numel() > 1), active.indices, active.count, tokens, neurons,
+        BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
+    )  # fmt: skip
     return active
+
+
+def builds() -> list[Build]:
+    arguments = {"scores_ptr": FLOATS, "threshold_ptr": FLOATS, "threshold_stride": "i32", "indices_ptr": INTS}
+    arguments |= {"count_ptr": INTS, "tokens": "i32", "neurons": "i32"}
+    return [Build("select_active", _select_active_kernel, arguments, {"BLOCK_N": BLOCK_N}, NUM_WARPS)]

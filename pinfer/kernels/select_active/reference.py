@@ -22,9 +22,24 @@ class Active:
 def select_active(scores: torch.Tensor, threshold: torch.Tensor) -> Active:
     """List the neurons whose score exceeds the threshold for at least one token.
 
-    scores: float32 [T, N]; threshold: float32 [1] or [N]. A NaN score is not active.
+    scores: float32 [T, N]; threshold: float32 [1] or [N]. A NaN score is active, so that damaged
+    weights show in the result as they do when everything is computed.
     """
-    chosen = (scores > threshold).any(dim=0).nonzero().flatten().to(torch.int32)
+    check_inputs(scores, threshold)
+    chosen = passes(scores, threshold).any(dim=0).nonzero().flatten().to(torch.int32)
     indices = torch.full((scores.shape[1],), -1, dtype=torch.int32, device=scores.device)
     indices[: chosen.numel()] = chosen
     return Active(indices, torch.tensor([chosen.numel()], dtype=torch.int32, device=scores.device))
+
+
+def passes(scores: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """bool [T, N]: which token uses which neuron, by the rule of `select_active`."""
+    return ~(scores <= threshold)
+
+
+def check_inputs(scores: torch.Tensor, threshold: torch.Tensor) -> None:
+    """ValueError for shapes that do not belong together; every implementation calls it."""
+    if scores.dim() != 2 or threshold.dim() != 1 or threshold.numel() not in (1, scores.shape[1]):
+        raise ValueError(
+            f"scores {list(scores.shape)} and threshold {list(threshold.shape)}: expected [T, N], [1] or [N]"
+        )

@@ -12,6 +12,7 @@ from pinfer.kernels.cpp.build import load_core
 from pinfer.kernels.dequantize.cpu import dequantize
 from pinfer.kernels.quant_matmul.cpu import GEMM_CHUNK_WEIGHTS, GEMM_FROM_TOKENS
 from pinfer.kernels.select_active.reference import Active
+from pinfer.kernels.sparse_ffn.reference import check_inputs
 from pinfer.quant import QuantTensor
 
 
@@ -26,8 +27,7 @@ def sparse_ffn(
     mask: torch.Tensor | None = None,
     gate_values: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    if activation not in ACTIVATION_CODES:
-        raise ValueError(f"activation {activation!r} is none of {', '.join(ACTIVATION_CODES)}")
+    check_inputs(x, gate, up, down, active, activation, mask, gate_values)
     x = floats(x)
     gate_values = None if gate_values is None else floats(gate_values)
     if x.shape[0] >= GEMM_FROM_TOKENS:

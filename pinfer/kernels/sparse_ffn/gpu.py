@@ -12,12 +12,15 @@ import torch
 import triton
 import triton.language as tl
 
-from pinfer.kernels.activation import ACTIVATIONS
+from pinfer.kernels.aot import BYTES, FLOATS, INTS, Build
 from pinfer.kernels.dequantize.gpu import weights_at
 from pinfer.kernels.select_active.reference import Active
-from pinfer.quant import QuantTensor
+from pinfer.kernels.sparse_ffn.reference import check_inputs
+from pinfer.quant import BY_NAME, QuantTensor
 
 PROGRAMS_PER_SM = 2
+WEIGHTS_PER_WARP = 256  # at D = 4096, 1,024 spill for most types and 512 for Q6_K on sm_86 and sm_89
+COMBINE_BLOCK, COMBINE_WARPS = 1024, 4
 PROGRAMS_INTERPRETED = 3  # without a device: few, as each costs the interpreter 0.3 ms
 
 
@@ -29,9 +32,9 @@ def _sigmoid(z):
 @triton.jit
 def _activate(g, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
-        h = tl.maximum(g, 0.0)
+        h = tl.where(g < 0.0, 0.0, g)  # NaN passes through: it must not look like an inactive neuron
     elif ACTIVATION == "relu2":
-        h = tl.maximum(g, 0.0) * tl.maximum(g, 0.0)
+        h = tl.where(g < 0.0, 0.0, g * g)
     elif ACTIVATION == "silu":
         h = g * _sigmoid(g)
     else:
@@ -94,8 +97,7 @@ def sparse_ffn(
     mask: torch.Tensor | None = None,
     gate_values: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
+    check_inputs(x, gate, up, down, active, activation, mask, gate_values)
     x = x.contiguous()
     tokens, width = x.shape
     programs = _programs(x.device)
@@ -110,11 +112,47 @@ def sparse_ffn(
         partial, tokens, gate.rows, width,
         ACTIVATION=activation, GATE_TYPE=gate.type.name, UP_TYPE=up_or_gate.type.name, DOWN_TYPE=down.type.name,
         HAS_UP=up is not None, HAS_MASK=mask is not None, HAS_GATE_VALUES=gate_values is not None,
-        BLOCK_D=triton.next_power_of_2(width),
+        BLOCK_D=(block_d := triton.next_power_of_2(width)), num_warps=_warps(block_d),
     )  # fmt: skip
     size = tokens * width
-    _combine_kernel[(triton.cdiv(size, 1024),)](partial, out, programs, size, BLOCK=1024)
+    grid = (triton.cdiv(size, COMBINE_BLOCK),)
+    _combine_kernel[grid](partial, out, programs, size, BLOCK=COMBINE_BLOCK, num_warps=COMBINE_WARPS)
     return out
+
+
+def _warps(block_d: int) -> int:
+    """Enough threads that a row's weights, x and the partial sums stay in registers for every type."""
+    return min(16, max(4, block_d // WEIGHTS_PER_WARP))
+
+
+def builds() -> list[Build]:
+    arguments = {
+        **dict.fromkeys(("x_ptr", "gate_values_ptr", "partial_ptr"), FLOATS),
+        **dict.fromkeys(("gate_ptr", "up_ptr", "down_ptr", "mask_ptr"), BYTES),
+        **dict.fromkeys(("indices_ptr", "count_ptr"), INTS),
+        **dict.fromkeys(("gate_stride", "up_stride", "down_stride"), "i64"),
+        **dict.fromkeys(("tokens", "neurons", "width"), "i32"),
+    }
+
+    def build(gate: str, down: str, block_d: int = 4096, activation: str = "silu", **flags: bool) -> Build:
+        types = {"GATE_TYPE": gate, "UP_TYPE": gate, "DOWN_TYPE": down}
+        switches = {"HAS_UP": True, "HAS_MASK": False, "HAS_GATE_VALUES": False, **flags}
+        constants = {"ACTIVATION": activation, **types, **switches, "BLOCK_D": block_d}
+        label = f"sparse_ffn {' '.join(str(value) for value in constants.values())}"
+        return Build(label, _sparse_ffn_kernel, arguments, constants, _warps(block_d))
+
+    combine = {"partial_ptr": FLOATS, "out_ptr": FLOATS, "programs": "i32", "size": "i32"}
+    return [
+        Build("combine", _combine_kernel, combine, {"BLOCK": COMBINE_BLOCK}, COMBINE_WARPS),
+        *(build(name, name) for name in BY_NAME),
+        # As models run: K-quant gate and up, down transposed to Q8_0. At 8,192 (70B) K-quants decoded
+        # byte by byte do spill, at 16 warps too: that width needs repacked blocks.
+        *(build(name, "Q8_0", block_d) for name in ("Q4_K", "Q6_K") for block_d in (512, 1024, 2048, 4096)),
+        build("Q8_0", "Q8_0", 8192),
+        *(build("Q8_0", "Q8_0", activation=name, HAS_MASK=True) for name in ("relu", "relu2", "gelu_tanh")),
+        build("Q8_0", "Q8_0", activation="relu", HAS_UP=False),
+        build("Q8_0", "Q8_0", activation="relu", HAS_MASK=True, HAS_GATE_VALUES=True),
+    ]
 
 
 def _programs(device: torch.device) -> int:

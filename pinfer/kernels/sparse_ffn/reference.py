@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from pinfer.kernels.activation import activate
+from pinfer.kernels.activation import ACTIVATIONS, activate
 from pinfer.kernels.dequantize.reference import dequantize
 from pinfer.kernels.select_active.reference import Active
 from pinfer.quant import QuantTensor
@@ -36,6 +36,7 @@ def sparse_ffn(
 
     Returns float32 [T, D].
     """
+    check_inputs(x, gate, up, down, active, activation, mask, gate_values)
     listed = active.indices[: int(active.count)].long()
     x = x.float()
     pre = x @ dequantize(gate[listed]).T if gate_values is None else gate_values[:, listed]
@@ -45,3 +46,29 @@ def sparse_ffn(
     if mask is not None:
         hidden = torch.where(mask[:, listed], hidden, 0.0)
     return hidden @ dequantize(down[listed])
+
+
+def check_inputs(
+    x: torch.Tensor,
+    gate: QuantTensor,
+    up: QuantTensor | None,
+    down: QuantTensor,
+    active: Active,
+    activation: str,
+    mask: torch.Tensor | None,
+    gate_values: torch.Tensor | None,
+) -> None:
+    """ValueError for shapes or types that do not belong together; every implementation calls it."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
+    if x.dim() != 2 or x.shape[1] != gate.columns:
+        raise ValueError(f"x is {list(x.shape)}, expected [T, {gate.columns}]")
+    for name, weight in (("up", up), ("down", down)):
+        if weight is not None and weight.shape != gate.shape:
+            raise ValueError(f"{name} is {list(weight.shape)}, expected gate's {list(gate.shape)}")
+    per_token = [x.shape[0], gate.rows]
+    for name, values, dtype in (("mask", mask, torch.bool), ("gate_values", gate_values, torch.float32)):
+        if values is not None and (list(values.shape) != per_token or values.dtype != dtype):
+            raise ValueError(f"{name} is {values.dtype} {list(values.shape)}, expected {dtype} {per_token}")
+    if active.indices.dtype != torch.int32 or not active.indices.is_contiguous() or active.count.dtype != torch.int32:
+        raise ValueError("the active list must be contiguous int32 indices with an int32 count")
