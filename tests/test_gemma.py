@@ -7,9 +7,11 @@ with the weights dequantised to F32 ("f32") and from the Q4_K_M file itself ("q4
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,6 +52,20 @@ def test_f32_argmax_agrees_everywhere_and_logits_within_0_05(logits: torch.Tenso
     assert float((best - torch.tensor(f32["top_logits"])).abs().max()) < 0.05
     # All 262,144 logits of a position enter its log-sum-exp.
     assert float((logits.logsumexp(1) - torch.tensor(f32["logsumexp"])).abs().max()) < 0.02
+
+
+def test_every_logit_is_within_0_05(logits: torch.Tensor) -> None:
+    """All 134 million of them, where the reference script has kept its full output."""
+    folder = os.environ.get("PINFER_TEST_LOGITS")
+    if not folder:
+        pytest.skip("PINFER_TEST_LOGITS names no folder that llama_cpp_reference wrote")
+    (path,) = Path(folder).glob("*f32_logits.npy")
+    reference = np.load(path, mmap_mode="r")
+    worst = max(
+        float((row - torch.from_numpy(other.copy())).abs().max()) for row, other in zip(logits, reference, strict=True)
+    )
+    print(f"largest error of any logit: {worst:.4f}")
+    assert worst < 0.05
 
 
 def test_loss_is_within_0_01_of_both_modes(logits: torch.Tensor, reference: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""The shipped tiny model: corpus, architecture, sparsity loss, training, export."""
