@@ -66,6 +66,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--ablation", choices=["plain"], help="compare with a plain ReLU at the same budget")
     add("--smoke", action="store_true", help="the whole pipeline on invented text, in a minute")
     add("--no-compile", action="store_true", help="do without torch.compile (no C++ compiler)")
+    add("--note", default="", help="what a reader of the results must know about this run")
     add("--cache", type=Path, default=USER_CACHE / "corpus", help="folder of the .deb packages")
     add("--work", type=Path, help="folder of tokens and checkpoint")
     add("--results", type=Path, help="folder of figures (default experiments/results/tiny)")
@@ -135,6 +136,14 @@ def make_trainer(options: argparse.Namespace, corpus: Corpus) -> Trainer:
     return Trainer(model, config, corpus.train, options.work)
 
 
+def cpu_name() -> str:
+    """Return the processor's name, or its architecture where Linux does not tell."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def run_record(trainer: Trainer, corpus: Corpus) -> dict[str, Any]:
     """Return what is needed to know under which conditions a run was made."""
     progress = trainer.progress
@@ -151,7 +160,7 @@ def run_record(trainer: Trainer, corpus: Corpus) -> dict[str, Any]:
         "sources": {s.name: {"packages": s.packages, "licence": s.licence} for s in SOURCES},
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
+        "cpu": cpu_name(),
         "commit": head.stdout.strip() or None,
     }
 
@@ -164,6 +173,7 @@ def report(trainer: Trainer, corpus: Corpus, options: argparse.Namespace) -> Non
     quantised_model = quantised_copy(trainer.model)
     quantised = evaluate(quantised_model, corpus.heldout)
     record = run_record(trainer, corpus) | {
+        "note": options.note,
         "fp32": full.summary(),
         "q8_0": quantised.summary(),
         "gguf_bytes": path.stat().st_size,
