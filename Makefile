@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SAMPLING := --temp 0.7 --repeat-penalty 1.1 --seed 1
 READY := $(VENV)/.ready
 TESTABLE := $(VENV)/.testable
 # llama.cpp's vocabulary files with their test vectors, out of a source package; for tests alone.
@@ -13,7 +14,9 @@ export OMP_WAIT_POLICY ?= passive
 .PHONY: demo test lint types bench format vocabs clean
 
 demo: $(READY)
-	$(BIN)/pinfer generate -p "And the LORD said unto Moses," -n 100 --seed 7
+	$(BIN)/pinfer generate -p "And the LORD said unto Moses," -n 70 $(SAMPLING)
+	$(BIN)/pinfer generate -p "The function returns" -n 70 $(SAMPLING)
+	$(BIN)/pinfer generate -p "Elizabeth was surprised, but" -n 70 $(SAMPLING)
 
 test: $(TESTABLE) lint types
 	$(BIN)/python -m pytest
