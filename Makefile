@@ -8,8 +8,6 @@ TESTABLE := $(VENV)/.testable
 # llama.cpp's vocabulary files with their test vectors, out of a source package; for tests alone.
 LLAMA_SOURCE := llama-cpp-python==0.3.36
 export PINFER_TEST_VOCABS ?= $(abspath $(VENV))/vocabs
-# Sleeping OpenMP threads: spinning ones stall each other where cores are shared.
-export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test lint types bench format vocabs clean
 

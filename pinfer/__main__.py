@@ -17,7 +17,9 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without the character still gets the text
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said; the rest is the interpreter's shutdown
+    sys.exit(code)
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:

@@ -56,7 +56,7 @@ def test_generate_json_holds_the_same_text(model: str, capsys: pytest.CaptureFix
 def test_flags_reach_the_run(model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def spy(config: Any) -> Any:
+    def spy(config: Any, _: Any) -> Any:
         seen.append(config)
         raise ValueError("seen")
 
@@ -127,7 +127,7 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenised(
 def test_a_bug_ends_in_one_line(
     model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pinfer.cli.generate.load_engine", lambda _: {}["no"])
+    monkeypatch.setattr("pinfer.cli.generate.load_engine", lambda *_: {}["no"])
     line = failing(["generate", "-m", model, "-p", "hi"], capsys, FAILED)
     assert "KeyError" in line
     assert "PINFER_TRACEBACK" in line
@@ -193,11 +193,21 @@ def test_interactive_reads_lines_and_keeps_the_conversation(
     model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\nagain\n"))
-    assert run(["generate", "-m", model, "-i", "-n", "3", "--ignore-eos", "--temp", "0"]) == OK
+    arguments = ["generate", "-m", model, "-n", "3", "--ignore-eos", "--temp", "0", "-i"]
+    assert run(arguments) == OK
     err = capsys.readouterr().err
     prompts = [int(line.split("prompt ")[1].split()[0]) for line in err.splitlines() if "prompt " in line]
-    assert len(prompts) == 2
-    assert prompts[1] > prompts[0] + 3, "the second line continues the first and its answer"
+    assert prompts == [1, 6], "the second reads its own 5 tokens and the last answer's last one, not everything again"
+
+
+def test_interactive_outlives_a_full_context(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n" * 6))
+    assert run(["generate", "-m", model, "-i", "-n", "5", "-c", "16", "--ignore-eos"]) == OK
+    err = capsys.readouterr().err
+    assert "earlier lines are forgotten" in err
+    assert err.count("density") == 6
 
 
 def failing(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = BAD_INPUT) -> str:
@@ -298,6 +308,20 @@ def test_a_prompt_file_that_is_not_utf8(model: str, tmp_path: Path, capsys: pyte
     file = tmp_path / "latin1.txt"
     file.write_bytes(b"caf\xe9")
     assert "not UTF-8 at byte 3" in failing(["generate", "-m", model, "-f", str(file)], capsys)
+
+
+def test_a_closed_stdin(model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "standard input is closed" in failing(["generate", "-m", model, "-f", "-"], capsys)
+
+
+def test_the_last_newline_of_a_file_is_not_meant(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("hello\n\n")
+    assert run(["generate", "-m", model, "-f", str(file), "-n", "0", "--json"]) == OK
+    assert last_json(capsys.readouterr().out)["prompt_tokens"] == 2
 
 
 def test_unknown_and_missing_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,6 +132,21 @@ def test_a_generation_runs_once(llama: Path) -> None:
         list(generation)
 
 
+def test_a_generation_goes_on_from_another(llama: Path) -> None:
+    engine = load_engine(RunConfig(model=str(llama)))
+    first = Generation(engine, PROMPT, max_tokens=6, sampling=GREEDY, ignore_eos=True)
+    list(first)
+    prompt = [*PROMPT, *first.ids, 50, 60]
+    with pytest.raises(ValueError, match="does not continue"):
+        Generation(engine, [*PROMPT, 1, 2, 3, 4, 5, 6, 7], max_tokens=6, sampling=GREEDY, before=first)
+    second = Generation(engine, prompt, max_tokens=6, sampling=GREEDY, ignore_eos=True, before=first)
+    list(second)
+    assert second.ids == run(llama, prompt=prompt, max_tokens=6, ignore_eos=True).ids
+    assert second.stats.prompt_tokens == 3, "the two new tokens and the last drawn one"
+    with pytest.raises(RuntimeError, match="once"):
+        list(first)
+
+
 def test_held_back_text_comes_out_at_the_end(llama: Path) -> None:
     free = run(llama, max_tokens=6)
     assert run(llama, max_tokens=6, stop=[free.text[-1] + "never"]).text == free.text

@@ -48,6 +48,8 @@ def read_prompt(prompt: str | None, file: str | None) -> str | None:
     if file is None and (sys.stdin is None or sys.stdin.isatty()):
         return None
     if file in (None, "-"):
+        if sys.stdin is None:
+            raise ValueError("standard input is closed")
         name, data = "standard input", sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
     else:
         name = file

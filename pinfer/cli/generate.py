@@ -12,15 +12,18 @@ from pinfer.cli.console import emit_json, note, read_prompt, size
 from pinfer.config import Activation, Backend, Method, RunConfig, SamplingConfig
 from pinfer.engine import Engine, Generation, GenerationStats, load_engine
 
-# Flags of llama.cpp and PowerInfer that are accepted and do nothing until the device side exists.
 _CPU_ONLY = "this version computes on the CPU alone"
 YELLOW, RESET = "\x1b[33m", "\x1b[0m"
 
 Number = Annotated[int, typer.Option("-n", "--n-predict", help="Tokens to generate; -1: until the end of text.")]
 Context = Annotated[int | None, typer.Option("-c", "--ctx-size", help="Positions of context; 0: the model's limit.")]
 Predictors = Annotated[str | None, typer.Option("--predictor-path", help="Solved directory (not supported yet).")]
-GpuLayers = Annotated[int | None, typer.Option("-ngl", "--gpu-layers", "--n-gpu-layers", help="Layers on the GPU.")]
-GpuMemory = Annotated[float | None, typer.Option("--gpu-memory-gb", "--vram-budget", help="GPU memory to use, GB.")]
+GpuLayers = Annotated[
+    int | None, typer.Option("-ngl", "--gpu-layers", "--n-gpu-layers", help="Layers on the GPU (no effect yet).")
+]
+GpuMemory = Annotated[
+    float | None, typer.Option("--gpu-memory-gb", "--vram-budget", help="GPU memory to use, GB (no effect yet).")
+]
 Threads = Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads; the physical cores if left out.")]
 Temperature = Annotated[float, typer.Option("--temp", help="Temperature; 0 is greedy.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Nucleus mass; 1 is off.")]
@@ -31,7 +34,7 @@ PenaltyWindow = Annotated[int, typer.Option("--repeat-last-n", help="Tokens the 
 Seed = Annotated[int | None, typer.Option("-s", "--seed", help="Seed of the draws; random if left out.")]
 Stop = Annotated[list[str] | None, typer.Option("-r", "--stop", "--reverse-prompt", help="Stop at this text.")]
 Interactive = Annotated[bool, typer.Option("-i", "--interactive", help="Read prompts line by line.")]
-Numa = Annotated[Literal["none", "distribute", "isolate"], typer.Option("--numa", help="NUMA policy.")]
+Numa = Annotated[Literal["none", "distribute", "isolate"], typer.Option("--numa", help="NUMA policy (no effect yet).")]
 MethodOption = Annotated[Method, typer.Option("--method", help="Which neurons to compute.")]
 Sparsity = Annotated[float | None, typer.Option("--sparsity", help="Share to skip with gate_threshold, such as 0.5.")]
 ColdFraction = Annotated[float, typer.Option("--cold-fraction", help="Share of neurons on a second shard.")]
@@ -97,9 +100,11 @@ def generate(
         raise ValueError("--json has no meaning with -i")
     _check_device_flags(predictor_path, gpu_layers, gpu_memory_gb, numa)
     text = None if interactive and prompt is None and file is None else read_prompt(prompt, file)
+    if text is not None and prompt is None:
+        text = text.removesuffix("\n")  # an editor's last newline is not meant, as in llama.cpp
     if text is None and not interactive:
         raise ValueError("no prompt: give -p TEXT, -f FILE, or -i to type one")
-    engine = load_engine(run)
+    engine = load_engine(run, note)
     for remark in engine.notes:
         note(remark)
     task = _Task(engine, None if n_predict == -1 else n_predict, stop or [], ignore_eos, special)
@@ -130,10 +135,20 @@ class _Task:
         add_bos = None if opening else False
         return self.engine.tokenizer.encode(text, add_bos=add_bos, parse_special=self._special)
 
-    def continue_from(self, ids: list[int]) -> Generation:
+    def reply(self, line: str, before: Generation | None) -> Generation:
+        """What `line` leads to after an earlier generation; that is forgotten if both do not fit the context."""
+        if before is not None:
+            ids = before.prompt + before.ids + self.encode(line, opening=False)
+            if len(ids) < self.engine.model.context:
+                return self.continue_from(ids, before)
+            note("the context is full: earlier lines are forgotten (--ctx-size)")
+        return self.continue_from(self.encode(line))
+
+    def continue_from(self, ids: list[int], before: Generation | None = None) -> Generation:
         return Generation(
             self.engine,
             ids,
+            before=before,
             max_tokens=self._max_tokens,
             sampling=self.engine.run.sampling,
             stop=self._stop,
@@ -173,20 +188,23 @@ def _stream(generation: Generation, echo: str | None, color: bool) -> None:
 
 
 def _converse(task: _Task, opening: str | None, color: bool) -> None:
-    """Prompts line by line until end of input, each continuing the text so far."""
-    history: list[int] = []
+    """Prompts line by line until end of input, each continuing the text so far while the context lasts."""
+    before: Generation | None = None
+    coloured = color and sys.stdout.isatty()
     line = opening
     while True:
         if line is None:
             try:
-                line = input("> " if sys.stdin.isatty() else "")
+                line = input(f"{YELLOW}> {RESET}" if coloured else "> " if sys.stdin.isatty() else "")
             except EOFError:
                 return
+            echo = None
+        else:
+            echo = line  # of -p: typed lines stand on the screen already
         if line:
-            generation = task.continue_from(history + task.encode(line, opening=not history))
-            _stream(generation, None, color)
-            _report(generation)
-            history = generation.prompt + generation.ids
+            before = task.reply(line, before)
+            _stream(before, echo, color)
+            _report(before)
         line = None
 
 

@@ -72,6 +72,7 @@ def _types(gguf: GGUFFile) -> dict[str, int]:
 def _figures(gguf: GGUFFile, config: ModelConfig, tensors: bool) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "path": str(gguf.path),
+        "gguf_version": gguf.version,
         "architecture": config.architecture,
         "name": config.name,
         "layers": config.n_layers,
@@ -84,9 +85,12 @@ def _figures(gguf: GGUFFile, config: ModelConfig, tensors: bool) -> dict[str, An
         "context": config.context_length,
         "activation": config.activation,
         "weights_bytes": gguf.nbytes,
+        "tensor_count": len(gguf.tensors),
         "bytes_by_part": dict(_bytes_by_part(gguf)),
         "bytes_by_layer": _bytes_by_layer(gguf, config),
         "kv_bytes_per_token": _kv_bytes_per_token(config),
+        "kv_bytes_whole_context": _kv_bytes_per_token(config) * config.context_length,
+        "metadata": {key: value for key, value in gguf.metadata.items() if not isinstance(value, list)},
         "types": _types(gguf),
     }
     if tensors:

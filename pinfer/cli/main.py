@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 # Spinning OpenMP threads stall each other by milliseconds where cores are shared with another
-# process; sleeping ones cost some µs. Must be set before torch loads its OpenMP runtime.
+# process; sleeping ones cost a wake-up of some 50 µs. Must be set before torch loads its runtime.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import typer

@@ -16,6 +16,7 @@ from pinfer.config import SamplingConfig
 from pinfer.engine.load import Engine
 from pinfer.engine.sampling import Sampler
 from pinfer.engine.stop import StopStrings
+from pinfer.models import KVCache
 
 PREFILL_CHUNK = 512  # tokens: bounds the attention mask and the widest activation
 
@@ -49,6 +50,7 @@ class Generation:
 
     prompt:     token ids, at least one, fewer than the context holds.
     max_tokens: most tokens to draw; None goes on to the end of text or of the context.
+    before:     a finished generation that the prompt repeats and goes on from: its cache is taken over.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Generation:
         sampling: SamplingConfig,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        before: Generation | None = None,
     ) -> None:
         context = engine.model.context
         if not prompt:
@@ -75,23 +78,25 @@ class Generation:
         self._banned = sorted(engine.tokenizer.eog_ids) if ignore_eos else []
         room = context - len(prompt)
         self._limit = room if max_tokens is None else min(room, max_tokens)
-        self._filled_by_limit = max_tokens is None or max_tokens > room
+        self._limited_by_context = max_tokens is None or max_tokens > room
         self._sampler = Sampler(sampling)
         self._stop = StopStrings(stop)
         self._detokenizer = engine.tokenizer.stream(after=prompt)
-        self._cache = engine.model.new_cache()
+        self._cache = engine.model.new_cache() if before is None else before.hand_over(prompt)
+        self._started = False
         self.prompt = list(prompt)
         self.ids: list[int] = []
         self.text = ""
         self.finish_reason: FinishReason = "length"
         self.seed = self._sampler.seed
         self._history = list(prompt)
-        self._steps = 0
+        self._steps = self._read = 0
         self._prompt_s = self._decode_s = 0.0
 
     def __iter__(self) -> Iterator[str]:
-        if self._cache.length:
+        if self._started:
             raise RuntimeError("a generation runs once; make another to run again")
+        self._started = True
         sparsify.reset_activity(self._engine.model)
         logits = self._prefill()
         if self._limit > 0:
@@ -101,9 +106,21 @@ class Generation:
                 self.text += tail
                 yield tail
 
+    def hand_over(self, prompt: Sequence[int]) -> KVCache:
+        """This generation's cache for one whose prompt goes on from it; this one cannot run again.
+
+        ValueError unless the prompt repeats every token the cache holds and has one more.
+        """
+        held = (self.prompt + self.ids)[: self._cache.length]
+        if len(prompt) <= len(held) or list(prompt[: len(held)]) != held:
+            raise ValueError("the prompt does not continue the earlier generation")
+        self._started = True
+        return self._cache
+
     def _prefill(self) -> torch.Tensor:
         began = time.perf_counter()
-        tokens = torch.tensor(self.prompt)
+        tokens = torch.tensor(self.prompt[self._cache.length :])
+        self._read = len(tokens)
         for chunk in tokens.split(PREFILL_CHUNK):
             with self._engine.computing():
                 logits = self._engine.model(chunk, self._cache, last_only=True)
@@ -134,7 +151,7 @@ class Generation:
         if self._stop.stopped:
             self.finish_reason = "stop"
         elif len(self.ids) >= self._limit:
-            self.finish_reason = "context" if self._filled_by_limit else "length"
+            self.finish_reason = "context" if self._limited_by_context else "length"
         else:
             return True
         return False
@@ -154,7 +171,7 @@ class Generation:
     @property
     def stats(self) -> GenerationStats:
         return GenerationStats(
-            prompt_tokens=len(self.prompt),
+            prompt_tokens=self._read,
             prompt_s=self._prompt_s,
             decoded_tokens=len(self.ids),
             decode_steps=self._steps,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,10 @@ CALIBRATION_EXCERPTS = 4  # spread over the text, which changes its subject as i
 
 @dataclass(frozen=True)
 class Engine:
-    """A loaded model with its tokenizer. `notes` are remarks for the user, one line each."""
+    """A loaded model with its tokenizer.
+
+    `notes` are remarks for the user, one line each; `progress` is told of steps that take seconds.
+    """
 
     run: RunConfig
     path: Path
@@ -49,6 +52,7 @@ class Engine:
     model: Transformer
     method: Method
     notes: tuple[str, ...] = ()
+    progress: Callable[[str], None] = lambda _: None
 
     def check_length(self, text: str) -> None:
         """ValueError for a text that cannot fit the context however it is tokenised, before any work on it."""
@@ -67,8 +71,8 @@ class Engine:
             yield
 
 
-def load_engine(run: RunConfig) -> Engine:
-    """Open `run.model` and apply `run.method`.
+def load_engine(run: RunConfig, progress: Callable[[str], None] = lambda _: None) -> Engine:
+    """Open `run.model` and apply `run.method`, telling `progress` of steps that take seconds.
 
     Raises FileNotFoundError or IsADirectoryError for the path, FormatError for the file's content,
     ValueError for settings that the model cannot take.
@@ -88,7 +92,7 @@ def load_engine(run: RunConfig) -> Engine:
     if tokenizer.vocab_size > config.vocab_size:
         raise gguf.error(f"the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size} rows")
     model = build_model(gguf, config, _context(run.context, config))
-    engine = Engine(run, path, config, tokenizer, model, method)
+    engine = Engine(run, path, config, tokenizer, model, method, progress=progress)
     check_backend(run.backend, model.embedding.device)
     with engine.computing():
         _make_sparse(engine)
@@ -120,6 +124,7 @@ def _predictors(engine: Engine) -> PredictorMaker:
     if engine.method == "exact":
         return exact_predictors
     assert engine.run.sparsity is not None
+    engine.progress("calibrating thresholds on the shipped text")
     text = CALIBRATION_TEXT.read_text(encoding="utf-8")
     tokens = calibration_tokens(engine.tokenizer, text, min(CALIBRATION_TOKENS, engine.config.context_length))
     return gate_threshold_predictors(calibrate_gate_thresholds(engine.model, tokens, engine.run.sparsity))

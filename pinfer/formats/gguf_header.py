@@ -105,8 +105,12 @@ class _Cursor:
         """A u64 count of items of at least `item_bytes` each, so that all can still be in the file."""
         at = self.pos
         count = self.number(_U64)
-        if count > most or count * item_bytes > self.left:
+        if count > most:
             raise self.error(f"{what} {count} at byte {at} is too large (limit {most}, {self.left} bytes left)")
+        if count * item_bytes > self.left:
+            raise self.error(
+                f"{what} {count} at byte {at} is too large for the {self.left} bytes left: the file is cut short or damaged"
+            )
         return count
 
     def string(self, what: str, most: int = MAX_HEADER_BYTES) -> str:

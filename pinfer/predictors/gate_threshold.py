@@ -17,7 +17,7 @@ KEEP_ALL = -1.0  # no |act| is below it
 
 
 class GateThreshold(Predictor):
-    """gate: QuantTensor [N, D]; threshold: the least |act(g · x)| that is computed (KEEP_ALL: every neuron)."""
+    """gate: QuantTensor [N, D]; threshold: neurons with |act(g · x)| above it are computed (KEEP_ALL: every neuron)."""
 
     def __init__(self, gate: QuantTensor, activation: str, threshold: float) -> None:
         super().__init__()

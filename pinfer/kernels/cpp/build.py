@@ -83,6 +83,8 @@ def _build() -> Path:
     if not compiler:
         raise CoreError("no C++ compiler found (g++ or clang++, or name one in CXX)")
     folder = Path(__file__).parent
+    if shutil.which(compiler[0]) is None:
+        raise CoreError(f"no C++ compiler found at {compiler[0]}, which CXX names")
     library = cache_folder() / f"core-{_fingerprint(compiler, folder)}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)

@@ -13,5 +13,5 @@ from pinfer.quant import QuantTensor
 
 def dequantize(weight: QuantTensor) -> torch.Tensor:
     out = torch.empty(weight.shape, dtype=torch.float32)
-    load_core().pinfer_dequantize(ctypes.byref(matrix(weight)), pointer(out), threads())
+    load_core().pinfer_dequantize(ctypes.byref(matrix(weight)), pointer(out), threads(out.numel()))
     return out

@@ -25,8 +25,9 @@ def quant_matmul(x: torch.Tensor, weight: QuantTensor) -> torch.Tensor:
     out = torch.empty(x.shape[0], weight.rows)
     if x.shape[0] < GEMM_FROM_TOKENS:
         load_core().pinfer_matmul(
-            ctypes.byref(matrix(weight)), pointer(x), ctypes.c_int64(x.shape[0]), pointer(out), threads()
-        )
+            ctypes.byref(matrix(weight)), pointer(x), ctypes.c_int64(x.shape[0]), pointer(out),
+            threads(x.numel() * weight.rows),
+        )  # fmt: skip
         return out
     chunk = max(1, GEMM_CHUNK_WEIGHTS // weight.columns)
     for first in range(0, weight.rows, chunk):

@@ -33,11 +33,13 @@ def sparse_ffn(
     if x.shape[0] >= GEMM_FROM_TOKENS:
         return _through_gemm(x, gate, up, down, active, activation, mask, gate_values)
     out = torch.empty(x.shape[0], down.columns)
+    count = int(active.count)
     bytes_mask = None if mask is None else mask.contiguous().view(torch.uint8)
     load_core().pinfer_sparse_ffn(
         ctypes.byref(matrix(gate)), None if up is None else ctypes.byref(matrix(up)), ctypes.byref(matrix(down)),
-        pointer(x), ctypes.c_int64(x.shape[0]), pointer(active.indices), ctypes.c_int64(int(active.count)),
-        pointer(bytes_mask), pointer(gate_values), ctypes.c_int32(ACTIVATION_CODES[activation]), pointer(out), threads(),
+        pointer(x), ctypes.c_int64(x.shape[0]), pointer(active.indices), ctypes.c_int64(count),
+        pointer(bytes_mask), pointer(gate_values), ctypes.c_int32(ACTIVATION_CODES[activation]), pointer(out),
+        threads(3 * count * x.numel()),
     )  # fmt: skip
     return out
 
