@@ -12,8 +12,11 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path` through a temporary file beside it; parents are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.{os.getpid()}")
-    staging.write_bytes(data)
-    os.replace(staging, path)
+    try:
+        staging.write_bytes(data)
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

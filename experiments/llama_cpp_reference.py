@@ -36,6 +36,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.files import write_text
+
 DECIMALS = 5
 CLEAR_MARGIN = 0.5  # positions whose top-1/top-2 margin exceeds this should agree even between number formats
 ROWS_PER_CHUNK = 32  # bounds the float64 temporaries over a large vocabulary
@@ -241,17 +243,6 @@ def save_array(path: Path, array: np.ndarray) -> None:
         partial.unlink(missing_ok=True)
 
 
-def save_json(path: Path, content: dict[str, Any]) -> None:
-    """Write compact JSON through a temporary name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(content, separators=(",", ":"), allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def build_reference(args: argparse.Namespace) -> dict[str, Any]:
     """Run both modes, save the logits and the summary, and return the summary."""
     for path in (args.model, args.text):
@@ -298,7 +289,7 @@ def build_reference(args: argparse.Namespace) -> dict[str, Any]:
         "tokens": tokens,
         "modes": modes,
     }
-    save_json(args.json, summary)
+    write_text(args.json, json.dumps(summary, separators=(",", ":"), allow_nan=False) + "\n")
     print(f"wrote {args.json} ({args.json.stat().st_size:,} bytes)")
     return summary
 

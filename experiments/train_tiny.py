@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, replace
@@ -19,6 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from experiments.environment import environment
 from experiments.files import write_json, write_text
 from experiments.tiny.corpus import (
     Corpus,
@@ -136,20 +135,10 @@ def make_trainer(options: argparse.Namespace, corpus: Corpus) -> Trainer:
     return Trainer(model, config, corpus.train, options.work)
 
 
-def cpu_name() -> str:
-    """Return the processor's name, or its architecture where Linux does not tell."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def run_record(trainer: Trainer, corpus: Corpus) -> dict[str, Any]:
     """Return what is needed to know under which conditions a run was made."""
     progress = trainer.progress
-    command = ["git", "rev-parse", "--verify", "HEAD"]
-    head = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
-    return {
+    return environment() | {
         "train_config": asdict(trainer.config),
         "model_config": asdict(trainer.model_config),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
@@ -158,10 +147,6 @@ def run_record(trainer: Trainer, corpus: Corpus) -> dict[str, Any]:
         "seconds": round(progress.seconds, 1),
         "corpus_tokens": corpus.train_tokens,
         "sources": {s.name: {"packages": s.packages, "licence": s.licence} for s in SOURCES},
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cpu": cpu_name(),
-        "commit": head.stdout.strip() or None,
     }
 
 

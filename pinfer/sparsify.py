@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from pinfer.config import Method
-from pinfer.ffn import Activity, DenseFFN, FFNWeights, HybridFFN, SparseFFN
+from pinfer.ffn import DenseFFN, FFNWeights, HybridFFN, SparseFFN
 from pinfer.kernels.transpose import transpose_weights
 from pinfer.models import KVCache, Transformer
 from pinfer.placement import Plan
@@ -84,8 +84,7 @@ def sparsify(model: Transformer, predictors: PredictorMaker, plan: Plan | None =
 
 def down_error(model: Transformer) -> float:
     """Relative RMS error that transposing `down` brought, the mean over layers; 0 where it was exact or not done."""
-    shards = [[m for m in ffn.modules() if isinstance(m, SparseFFN)] for ffn in model.ffns()]
-    errors = [parts[0].weights.down_error for parts in shards if parts]
+    errors = [parts[0].weights.down_error for ffn in model.ffns() if (parts := _shards(ffn))]
     return sum(errors) / len(errors) if errors else 0.0
 
 
@@ -107,7 +106,7 @@ def layer_densities(model: Transformer) -> list[LayerDensity]:
     """Per layer, what was computed since `reset_activity`; empty for a dense model."""
     densities = []
     for layer, ffn in enumerate(model.ffns()):
-        parts = _activities(ffn)
+        parts = [shard.activity for shard in _shards(ffn)]
         if parts:
             active = sum(float(part.active) for part in parts)
             neurons = sum(part.n_neurons for part in parts)
@@ -124,9 +123,10 @@ def density(model: Transformer) -> float:
 
 def reset_activity(model: Transformer) -> None:
     for ffn in model.ffns():
-        for part in _activities(ffn):
-            part.reset()
+        for shard in _shards(ffn):
+            shard.activity.reset()
 
 
-def _activities(ffn: torch.nn.Module) -> list[Activity]:
-    return [module.activity for module in ffn.modules() if isinstance(module, SparseFFN)]
+def _shards(ffn: torch.nn.Module) -> list[SparseFFN]:
+    """The sparse parts of a layer's FFN: itself, a hybrid's two, or none of a dense one's."""
+    return [module for module in ffn.modules() if isinstance(module, SparseFFN)]

@@ -86,10 +86,6 @@ class KVCache:
         cache[1, :, self.length : end] = values.transpose(0, 1)
         return cache[:, :, :end]
 
-    @property
-    def bytes_filled(self) -> int:
-        return sum(layer[:, :, : self.length].numel() * layer.element_size() for layer in self.layers)
-
 
 @dataclass(frozen=True)
 class AttentionWeights:
