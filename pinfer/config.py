@@ -13,8 +13,9 @@ from typing import Any, Literal, get_args
 
 Activation = Literal["silu", "gelu_tanh", "relu", "relu2"]
 RopeStyle = Literal["interleaved", "halves"]
-Method = Literal["auto", "dense", "exact", "gate_threshold"]
+Method = Literal["auto", "dense", "exact", "gate_threshold", "low_rank"]
 Backend = Literal["auto", "reference", "cpu", "triton"]
+Precision = Literal["auto", "float32", "int8"]
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,14 @@ class RunConfig:
     """Every knob of a run. Defaults, then a mapping (`from_mapping`), then keyword overrides.
 
     `method` picks the predictor: `dense` computes every neuron, `exact` needs a ReLU model,
-    `gate_threshold` (CATS) needs `sparsity`; `auto` is `exact` for ReLU models, and otherwise
-    `gate_threshold` where a sparsity is given, else `dense`. `cold_fraction` puts that share of
+    `gate_threshold` (CATS) needs `sparsity`, `low_rank` needs it for models without ReLU; `auto` is
+    `exact` for ReLU models, and otherwise `gate_threshold` where a sparsity is given, else `dense`.
+    `predictor_rank` and `recall`, the share of active neurons to catch, are those of `low_rank`. `cold_fraction` puts that share of
     each layer's neurons on a second shard (HybridFFN). `model` None is the shipped one; `context`
     None is the model's own limit or 4096, whichever is less, and 0 the model's limit. `activation`
-    overrides the file's, for ReLU models whose converter had no key for it.
+    overrides the file's, for ReLU models whose converter had no key for it. `precision` is that of
+    activations where they meet quantised weights: `int8` rounds them in blocks, as llama.cpp does;
+    `auto` is int8 on the C++ core, which is fast at it, and float32 elsewhere.
     """
 
     model: str | None = None
@@ -133,10 +137,13 @@ class RunConfig:
     activation: Activation | None = None
     threads: int | None = None
     backend: Backend = "auto"
+    precision: Precision = "auto"
     method: Method = "auto"
     sparsity: float | None = None
     cold_fraction: float = 0.0
     sampling: SamplingConfig = SamplingConfig()
+    predictor_rank: int = 128
+    recall: float = 0.99
 
     def __post_init__(self) -> None:
         if self.context is not None:
@@ -146,9 +153,14 @@ class RunConfig:
         if self.sparsity is not None:
             _in_range("sparsity", self.sparsity, 0, 0.99)
         _in_range("cold_fraction", self.cold_fraction, 0, 1)
+        _in_range("predictor_rank", self.predictor_rank, 32, 8192, whole=True)
+        if self.predictor_rank % 32:  # a Q8_0 block
+            raise ValueError(f"predictor_rank must be a multiple of 32, not {self.predictor_rank}")
+        _in_range("recall", self.recall, 0, 1, open_low=True)
         choices_of = {
             "method": get_args(Method),
             "backend": get_args(Backend),
+            "precision": get_args(Precision),
             "activation": (None, *get_args(Activation)),
         }
         for name, choices in choices_of.items():

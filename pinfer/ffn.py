@@ -7,13 +7,12 @@ skips or over devices, is exact for the neurons it keeps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from pinfer.kernels.activation import activate
-from pinfer.kernels.ops import quant_matmul, sparse_ffn
+from pinfer.kernels.ops import add, glu, quant_matmul, sparse_ffn, tally
 from pinfer.predictors import Prediction, Predictor
 from pinfer.quant import QuantTensor
 
@@ -47,27 +46,32 @@ class FFNWeights:
         return FFNWeights(self.gate[neurons], up, self.down[neurons], self.down_error)
 
 
-@dataclass
 class Activity:
-    """How many neurons were computed: `active` float64 [1], on the device, over `tokens` tokens."""
+    """How many neurons were computed. `totals` int64 [2], on the device: (token, neuron) pairs, and tokens."""
 
-    n_neurons: int
-    tokens: int = 0
-    active: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
+    def __init__(self, n_neurons: int, device: torch.device) -> None:
+        self.n_neurons = n_neurons
+        with torch.inference_mode(False):  # it is reset outside of inference as well
+            self.totals = torch.zeros(2, dtype=torch.int64, device=device)
 
     def record(self, prediction: Prediction, tokens: int) -> None:
-        counted = prediction.active.count if prediction.mask is None else prediction.mask.sum()
-        self.active = self.active.to(counted.device) + counted
-        self.tokens += tokens
+        tally(prediction.active, self.totals, tokens=tokens, mask=prediction.mask)
 
     def reset(self) -> None:
-        self.tokens = 0
-        self.active = torch.zeros_like(self.active)
+        self.totals.zero_()
+
+    @property
+    def active(self) -> int:
+        return int(self.totals[0])
+
+    @property
+    def tokens(self) -> int:
+        return int(self.totals[1])
 
     @property
     def density(self) -> float:
         """Active over total neurons; 1 before any token."""
-        return float(self.active) / (self.tokens * self.n_neurons) if self.tokens else 1.0
+        return self.active / (self.tokens * self.n_neurons) if self.tokens else 1.0
 
 
 class DenseFFN(nn.Module):
@@ -79,10 +83,8 @@ class DenseFFN(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """x, residual: float32 [T, D]; returns float32 [T, D]."""
-        hidden = activate(self.activation, quant_matmul(x, self.gate))
-        if self.up is not None:
-            hidden = hidden * quant_matmul(x, self.up)
-        return quant_matmul(hidden, self.down)
+        up = None if self.up is None else quant_matmul(x, self.up)
+        return quant_matmul(glu(quant_matmul(x, self.gate), up, activation=self.activation), self.down)
 
 
 class SparseFFN(nn.Module):
@@ -91,7 +93,7 @@ class SparseFFN(nn.Module):
     def __init__(self, weights: FFNWeights, predictor: Predictor, activation: str) -> None:
         super().__init__()
         self.weights, self.predictor, self.activation = weights, predictor, activation
-        self.activity = Activity(weights.n_neurons)
+        self.activity = Activity(weights.n_neurons, weights.gate.device)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         prediction: Prediction = self.predictor(x, residual)
@@ -119,4 +121,4 @@ class HybridFFN(nn.Module):
         self.hot, self.cold = hot, cold
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self.hot(x, residual) + self.cold(x, residual)
+        return add(self.hot(x, residual), self.cold(x, residual))

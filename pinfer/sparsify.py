@@ -5,20 +5,40 @@ Modules are replaced; nothing is rebound. The dense baseline is the same model w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
 from pinfer.config import Method
 from pinfer.ffn import DenseFFN, FFNWeights, HybridFFN, SparseFFN
+from pinfer.kernels.ops import embed
 from pinfer.kernels.transpose import transpose_weights
 from pinfer.models import KVCache, Transformer
 from pinfer.placement import Plan
-from pinfer.predictors import ZERO_BELOW_ZERO, ExactPredictor, GateThreshold, Predictor, gate_threshold_for
+from pinfer.predictors import (
+    ZERO_BELOW_ZERO,
+    CalibrationInputs,
+    ExactPredictor,
+    GateThreshold,
+    LowRank,
+    LowRankQuality,
+    LowRankSettings,
+    Predictor,
+    fit_low_rank,
+    gate_threshold_for,
+)
+from pinfer.quant import QuantTensor
 
 # One predictor a layer, made from the layer's number and its dense FFN.
 PredictorMaker = Callable[[int, DenseFFN], Predictor]
+# A layer's `down` as rows [N, D], and the relative RMS error of that.
+DownMaker = Callable[[int, DenseFFN], tuple[QuantTensor, float]]
+
+# Of the sequences that low_rank is calibrated on, by number modulo 4: two parts to fit on, one for
+# the threshold, one to report on.
+_FIT, _THRESHOLD, _REPORT = (0, 2), (1,), (3,)
 
 
 def resolve_method(method: Method, activation: str, sparsity: float | None) -> Method:
@@ -27,10 +47,14 @@ def resolve_method(method: Method, activation: str, sparsity: float | None) -> M
         if sparsity is not None:
             return "gate_threshold"
         return "exact" if activation in ZERO_BELOW_ZERO else "dense"
-    if method == "gate_threshold" and sparsity is None:
-        raise ValueError("method gate_threshold needs a sparsity, such as 0.5")
+    needs_sparsity = method == "gate_threshold" or (method == "low_rank" and activation not in ZERO_BELOW_ZERO)
+    if needs_sparsity and sparsity is None:
+        model = f" for a model whose activation is {activation}" if method == "low_rank" else ""
+        raise ValueError(f"method {method} needs a sparsity{model}, such as 0.5")
     if method in ("exact", "dense") and sparsity is not None:
-        raise ValueError(f"sparsity {sparsity:g} has no meaning for method {method}: it applies to gate_threshold")
+        raise ValueError(
+            f"sparsity {sparsity:g} has no meaning for method {method}: it applies to gate_threshold and low_rank"
+        )
     return method
 
 
@@ -54,8 +78,7 @@ def calibrate_gate_thresholds(model: Transformer, tokens: torch.Tensor, sparsity
     def measure(ffn: DenseFFN, inputs: tuple[torch.Tensor, ...]) -> None:
         thresholds.append(gate_threshold_for(inputs[0][1:], ffn.gate, ffn.activation, sparsity))
 
-    if any(not isinstance(ffn, DenseFFN) for ffn in model.ffns()):
-        raise ValueError("thresholds are calibrated on a dense model; this one is sparse already")
+    _check_dense(model)
     if tokens.shape[0] < 2:
         raise ValueError(f"calibration needs at least 2 tokens, not {tokens.shape[0]}")
     hooks = [ffn.register_forward_pre_hook(measure) for ffn in model.ffns()]
@@ -67,16 +90,81 @@ def calibrate_gate_thresholds(model: Transformer, tokens: torch.Tensor, sparsity
     return thresholds
 
 
-def sparsify(model: Transformer, predictors: PredictorMaker, plan: Plan | None = None) -> Transformer:
+def fit_low_rank_predictors(
+    model: Transformer,
+    sequences: Sequence[torch.Tensor],
+    settings: LowRankSettings,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[LowRank]:
+    """LowRank for every layer of a dense model, from its own inputs on sequences int64 [T].
+
+    Half of the sequences, taken evenly from all over, are fitted on; a quarter sets the thresholds
+    and a quarter measures what is reached. Both leave out a sequence's first token, as
+    `calibrate_gate_thresholds` does. ValueError for fewer than four sequences, or one of a single token.
+    """
+    _check_dense(model)
+    if len(sequences) < 4 or any(len(tokens) < 2 for tokens in sequences):
+        raise ValueError("low_rank is calibrated on at least 4 sequences of at least 2 tokens")
+    fitted = []
+    for layer, (ffn, inputs) in enumerate(ffn_inputs(model, sequences), 1):
+        progress(f"fitting predictors, layer {layer} of {model.config.n_layers}")
+        parts = CalibrationInputs(
+            torch.cat([x for i, x in enumerate(inputs) if i % 4 in _FIT]),
+            torch.cat([x[1:] for i, x in enumerate(inputs) if i % 4 in _THRESHOLD]),
+            torch.cat([x[1:] for i, x in enumerate(inputs) if i % 4 in _REPORT]),
+        )
+        fitted.append(fit_low_rank(ffn.gate, ffn.activation, parts, settings))
+    return fitted
+
+
+def low_rank_predictors(fitted: Sequence[LowRank]) -> PredictorMaker:
+    """The fitted predictors, one a layer."""
+    return lambda layer, ffn: fitted[layer]
+
+
+def ffn_inputs(model: Transformer, sequences: Sequence[torch.Tensor]) -> Iterator[tuple[DenseFFN, list[torch.Tensor]]]:
+    """Per layer of a dense model, its FFN and that FFN's inputs float32 [T, D] for each sequence int64 [T].
+
+    The sequences go through the layers side by side, each with its own cache, so that one layer's
+    inputs are held at a time.
+    """
+    caches = [KVCache(model.config, len(tokens)) for tokens in sequences]
+    for rope in model.ropes:
+        rope.reserve(max(len(tokens) for tokens in sequences))
+    residuals = [embed(tokens, model.embedding, scale=model.config.embedding_scale) for tokens in sequences]
+    for block in model.blocks:
+        seen: list[torch.Tensor] = []
+        ffn = cast(DenseFFN, block.ffn)
+        hook = ffn.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        try:
+            residuals = [block(x, cache) for x, cache in zip(residuals, caches, strict=True)]
+        finally:
+            hook.remove()
+        yield ffn, seen
+
+
+def _check_dense(model: Transformer) -> None:
+    if any(not isinstance(ffn, DenseFFN) for ffn in model.ffns()):
+        raise ValueError("predictors are calibrated on a dense model; this one is sparse already")
+
+
+def transposed_down(layer: int, ffn: DenseFFN) -> tuple[QuantTensor, float]:
+    """`down` of a layer, transposed here and now, and its error (see `transpose_weights`)."""
+    return transpose_weights(ffn.down)
+
+
+def sparsify(
+    model: Transformer, predictors: PredictorMaker, plan: Plan | None = None, downs: DownMaker = transposed_down
+) -> Transformer:
     """Replace every DenseFFN in place by a SparseFFN, or by a HybridFFN over the plan's hot and cold neurons.
 
-    Returns the same model. `down` is transposed to neuron-major rows on the way (see `transpose`).
+    `downs` gives `down` as neuron-major rows. Returns the same model.
     """
     for layer, block in enumerate(model.blocks):
         dense = block.ffn
         if not isinstance(dense, DenseFFN):
             raise ValueError(f"layer {layer} is not dense: it has a {type(dense).__name__}")
-        weights = FFNWeights(dense.gate, dense.up, *transpose_weights(dense.down))
+        weights = FFNWeights(dense.gate, dense.up, *downs(layer, dense))
         sparse = SparseFFN(weights, predictors(layer, dense), dense.activation)
         block.ffn = sparse if plan is None else HybridFFN(*(sparse.shard(part) for part in plan.split(layer)))
     return model
@@ -86,6 +174,12 @@ def down_error(model: Transformer) -> float:
     """Relative RMS error that transposing `down` brought, the mean over layers; 0 where it was exact or not done."""
     errors = [parts[0].weights.down_error for ffn in model.ffns() if (parts := _shards(ffn))]
     return sum(errors) / len(errors) if errors else 0.0
+
+
+def low_rank_qualities(model: Transformer) -> list[LowRankQuality]:
+    """Per layer, what its LowRank predictor reached on held-out tokens; empty for other methods."""
+    predictors = [parts[0].predictor for ffn in model.ffns() if (parts := _shards(ffn))]
+    return [one.quality for one in predictors if isinstance(one, LowRank) and one.quality is not None]
 
 
 @dataclass(frozen=True)

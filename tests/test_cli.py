@@ -63,11 +63,14 @@ def test_flags_reach_the_run(model: str, capsys: pytest.CaptureFixture[str], mon
     monkeypatch.setattr("pinfer.cli.generate.load_engine", spy)
     flags = (
         "-m m.gguf -p x -c 33 -t 3 --temp 0.5 --top-p 0.6 --top-k 7 --min-p 0.2 --repeat-penalty 1.5 --repeat-last-n 9 "
-        "-s 4 --method gate_threshold --sparsity 0.25 --cold-fraction 0.75 --activation silu --backend reference"
+        "-s 4 --method gate_threshold --sparsity 0.25 --cold-fraction 0.75 --activation silu --backend reference --precision float32"
     )
     run(["generate", *flags.split()])
     sampling = SamplingConfig(0.5, 7, 0.6, 0.2, 1.5, 9, 4)
-    assert seen[0] == RunConfig("m.gguf", 33, "silu", 3, "reference", "gate_threshold", 0.25, 0.75, sampling)
+    assert seen[0] == RunConfig(
+        model="m.gguf", context=33, activation="silu", threads=3, backend="reference", precision="float32",
+        method="gate_threshold", sparsity=0.25, cold_fraction=0.75, sampling=sampling,
+    )  # fmt: skip
     run(["generate", "-m", "m.gguf", "-p", "x", "--seed", "-1", "--top-k", "-1", "--repeat-last-n", "-1"])
     assert (seen[1].sampling.seed, seen[1].sampling.top_k, seen[1].sampling.repeat_last_n) == (None, 0, 2**31 - 1)
 

@@ -11,7 +11,8 @@ import torch
 
 from pinfer.config import RunConfig, SamplingConfig
 from pinfer.engine import Generation, load_engine
-from pinfer.engine.load import calibration_tokens
+from pinfer.engine.load import calibration_sequences, calibration_tokens
+from pinfer.engine.step import DecodeStep
 from pinfer.kernels import ops
 from pinfer.kernels.cpp import core_problem
 from pinfer.quant import QuantTensor
@@ -247,3 +248,43 @@ def test_calibration_tokens_come_from_all_over_the_text(llama: Path) -> None:
     assert len(calibration_tokens(tokenizer, text, 4)) == 4
     with pytest.raises(ValueError, match="at least"):
         calibration_tokens(tokenizer, text, 3)
+
+
+def test_calibration_sequences_come_from_all_over_the_text(llama: Path) -> None:
+    tokenizer = load_engine(RunConfig(model=str(llama))).tokenizer
+    text = "".join(letter * 50 for letter in "abcdefgh")
+    sequences = calibration_sequences(tokenizer, text, 30)
+    assert [tokenizer.decode(tokens.tolist()) for tokens in sequences] == [letter * 30 for letter in "abcdefgh"]
+    short = calibration_sequences(tokenizer, "abcdefgh" * 2, 30)
+    assert [len(tokens) for tokens in short] == [2] * 8
+    for text, length in (("abcdefgh" * 2, 1), ("abc", 30)):
+        with pytest.raises(ValueError, match="at least 2 tokens"):
+            calibration_sequences(tokenizer, text, length)
+
+
+def test_low_rank_generates_and_says_what_it_reaches(llama: Path) -> None:
+    engine = load_engine(RunConfig(model=str(llama), method="low_rank", predictor_rank=64))
+    assert engine.method == "low_rank"
+    assert any("low_rank catches" in note and "asked 99 %" in note for note in engine.notes)
+    generation = run(llama, method="low_rank", predictor_rank=64, recall=0.9, ignore_eos=True)
+    assert len(generation.ids) == 12
+    assert generation.stats.density < 0.9
+    with pytest.raises(ValueError, match=r"predictor_rank.*at most 64.*not 96"):
+        run(llama, method="low_rank", predictor_rank=96)
+
+
+@pytest.mark.parametrize("sparsity", [None, 0.6])
+def test_low_rank_predicts_without_a_host_sync(llama: Path, sparsity: float | None) -> None:
+    """Its step is ops alone: what a step program can record."""
+    if core_problem():
+        pytest.skip(f"no CPU core: {core_problem()}")
+    activation = None if sparsity is None else "silu"
+    engine = load_engine(
+        RunConfig(model=str(llama), method="low_rank", predictor_rank=64, sparsity=sparsity, activation=activation)
+    )
+    assert engine.model.ffns()[0].predictor.by_magnitude is (sparsity is not None)
+    with engine.computing():
+        step = DecodeStep(engine.model, engine.model.new_cache())
+        expected = engine.model(torch.tensor([5]), engine.model.new_cache())
+        torch.testing.assert_close(step(5), expected, rtol=1e-3, atol=1e-3)
+    assert step.reason is None

@@ -34,7 +34,7 @@ def reference() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def logits(gemma: Path, reference: dict[str, Any]) -> torch.Tensor:
     """float32 [512, V] over the reference's tokens."""
-    engine = load_engine(RunConfig(model=str(gemma), method="dense", context=512))
+    engine = load_engine(RunConfig(model=str(gemma), method="dense", context=512, precision="float32"))
     with engine.computing():
         return engine.model(torch.tensor(reference["tokens"]), engine.model.new_cache())
 
@@ -85,7 +85,7 @@ def test_clear_choices_agree_with_the_quantised_mode(logits: torch.Tensor, refer
 
 
 def test_decode_steps_equal_the_prefill(gemma: Path, logits: torch.Tensor, reference: dict[str, Any]) -> None:
-    engine = load_engine(RunConfig(model=str(gemma), method="dense", context=64))
+    engine = load_engine(RunConfig(model=str(gemma), method="dense", context=64, precision="float32"))
     tokens = torch.tensor(reference["tokens"])
     cache = engine.model.new_cache()
     with engine.computing():

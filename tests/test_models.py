@@ -159,23 +159,28 @@ def test_families_cover_what_the_reader_accepts(tmp_path: Path) -> None:
     assert model_config(gguf).architecture in FAMILIES
 
 
+def turned_from(rope: Rope, x: torch.Tensor, start: int) -> torch.Tensor:
+    rope.reserve(start + len(x))
+    return rope(x, torch.tensor([start]))
+
+
 def test_rope_frequency_factors_and_scale_slow_the_turning() -> None:
     x = torch.randn(4, 2, 8)
     plain = RopeConfig(dim=8, base=10000, style="halves")
     halved = Rope(RopeConfig(dim=8, base=10000, style="halves", scale=2.0))
     factors = Rope(plain, factors=torch.full((4,), 2.0))
-    torch.testing.assert_close(halved(x, 4), factors(x, 4))
+    torch.testing.assert_close(turned_from(halved, x, 4), turned_from(factors, x, 4))
     # At twice the position, half the speed turns as far.
-    torch.testing.assert_close(halved(x[:1], 6), Rope(plain)(x[:1], 3))
+    torch.testing.assert_close(turned_from(halved, x[:1], 6), turned_from(Rope(plain), x[:1], 3))
 
 
 def test_rope_table_grows_with_the_positions() -> None:
     x, config = torch.randn(2, 1, 8), RopeConfig(dim=8, base=10000, style="halves")
     fresh, grown = Rope(config), Rope(config)
-    late = fresh(x, 5000)
-    grown(x, 1023)
-    torch.testing.assert_close(grown(x, 5000), late)
-    torch.testing.assert_close(grown(x, 0), Rope(config)(x, 0))
+    late = turned_from(fresh, x, 5000)
+    turned_from(grown, x, 1023)
+    torch.testing.assert_close(turned_from(grown, x, 5000), late)
+    torch.testing.assert_close(turned_from(grown, x, 0), turned_from(Rope(config), x, 0))
 
 
 def test_rope_frequency_factors_of_a_file_are_used(tmp_path: Path) -> None:
@@ -205,6 +210,6 @@ def test_rope_frequency_factors_of_a_file_are_used(tmp_path: Path) -> None:
 
 def test_rope_leaves_the_rest_of_a_head_alone() -> None:
     x = torch.randn(3, 1, 8)
-    turned = Rope(RopeConfig(dim=4, base=100, style="interleaved"))(x, 1)
+    turned = turned_from(Rope(RopeConfig(dim=4, base=100, style="interleaved")), x, 1)
     assert torch.equal(turned[..., 4:], x[..., 4:])
     assert not torch.equal(turned[..., :4], x[..., :4])

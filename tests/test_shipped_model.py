@@ -25,12 +25,12 @@ PROMPTS = ("And the LORD said unto Moses,", "The function returns", "CREATE TABL
 
 @pytest.fixture(scope="module")
 def sparse() -> Engine:
-    return load_engine(RunConfig())
+    return load_engine(RunConfig(precision="float32"))
 
 
 @pytest.fixture(scope="module")
 def dense() -> Engine:
-    return load_engine(RunConfig(method="dense"))
+    return load_engine(RunConfig(method="dense", precision="float32"))
 
 
 @pytest.fixture(scope="module")

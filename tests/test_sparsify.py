@@ -113,6 +113,9 @@ def test_what_cannot_be_sparsified_says_so(relu_path: Path, gelu_path: Path) -> 
         ("auto", "relu", 0.5, "gate_threshold"),
         ("dense", "relu", None, "dense"),
         ("gate_threshold", "gelu_tanh", 0.0, "gate_threshold"),
+        ("low_rank", "relu", None, "low_rank"),
+        ("low_rank", "relu", 0.9, "low_rank"),
+        ("low_rank", "silu", 0.5, "low_rank"),
     ],
 )
 def test_auto_method(method, activation: str, sparsity: float | None, expected: str) -> None:
@@ -123,3 +126,42 @@ def test_auto_method(method, activation: str, sparsity: float | None, expected: 
 def test_contradictory_settings_are_refused(method, sparsity: float | None) -> None:
     with pytest.raises(ValueError, match="sparsity"):
         S.resolve_method(method, "relu", sparsity)
+
+
+def test_low_rank_without_relu_needs_a_sparsity() -> None:
+    with pytest.raises(ValueError, match="method low_rank needs a sparsity for a model whose activation is silu"):
+        S.resolve_method("low_rank", "silu", None)
+
+
+@pytest.mark.parametrize("family", ["relu", "gelu"])
+def test_ffn_inputs_are_those_of_each_sequence_alone(family: str, relu_path: Path, gelu_path: Path) -> None:
+    model = load(relu_path if family == "relu" else gelu_path)
+    sequences = [TOKENS[:20], TOKENS[10:13], TOKENS]
+    with torch.inference_mode():
+        layers = list(S.ffn_inputs(model, sequences))
+        assert [ffn for ffn, _ in layers] == model.ffns()
+        for number, tokens in enumerate(sequences):
+            alone: list[torch.Tensor] = []
+            hooks = [
+                ffn.register_forward_pre_hook(lambda _, inputs, alone=alone: alone.append(inputs[0]))
+                for ffn in model.ffns()
+            ]
+            model(tokens, model.new_cache())
+            for hook in hooks:
+                hook.remove()
+            for (_, together), expected in zip(layers, alone, strict=True):
+                torch.testing.assert_close(together[number], expected)
+    assert not any(ffn._forward_pre_hooks for ffn in model.ffns())
+
+
+def test_down_comes_from_where_it_is_said_to(relu_path: Path) -> None:
+    asked: list[int] = []
+
+    def downs(layer: int, ffn: DenseFFN):
+        asked.append(layer)
+        return S.transposed_down(layer, ffn)[0], 0.25
+
+    sparse = S.sparsify(load(relu_path), S.exact_predictors, downs=downs)
+    assert asked == [0, 1]
+    assert S.down_error(sparse) == 0.25
+    torch.testing.assert_close(logits(sparse), logits(load(relu_path)), rtol=1e-4, atol=1e-4)

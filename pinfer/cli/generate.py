@@ -9,7 +9,7 @@ import typer
 
 from pinfer.cli import options
 from pinfer.cli.console import emit_json, note, read_prompt, size
-from pinfer.config import Activation, Backend, Method, RunConfig, SamplingConfig
+from pinfer.config import Activation, Backend, Method, Precision, RunConfig, SamplingConfig
 from pinfer.engine import Engine, Generation, GenerationStats, load_engine
 
 _CPU_ONLY = "this version computes on the CPU alone"
@@ -36,9 +36,14 @@ Stop = Annotated[list[str] | None, typer.Option("-r", "--stop", "--reverse-promp
 Interactive = Annotated[bool, typer.Option("-i", "--interactive", help="Read prompts line by line.")]
 Numa = Annotated[Literal["none", "distribute", "isolate"], typer.Option("--numa", help="NUMA policy (no effect yet).")]
 MethodOption = Annotated[Method, typer.Option("--method", help="Which neurons to compute.")]
-Sparsity = Annotated[float | None, typer.Option("--sparsity", help="Share to skip with gate_threshold, such as 0.5.")]
+Sparsity = Annotated[
+    float | None, typer.Option("--sparsity", help="Share to skip with gate_threshold or low_rank, such as 0.5.")
+]
+PredictorRank = Annotated[int, typer.Option("--predictor-rank", help="Rank of low_rank, a multiple of 32.")]
+Recall = Annotated[float, typer.Option("--recall", help="Share of active neurons that low_rank is to catch.")]
 ColdFraction = Annotated[float, typer.Option("--cold-fraction", help="Share of neurons on a second shard.")]
 ActivationOption = Annotated[Activation | None, typer.Option("--activation", help="Override the file's activation.")]
+PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Activations in quantised products.")]
 BackendOption = Annotated[Backend, typer.Option("--backend", help="Where kernels run.")]
 
 
@@ -68,9 +73,12 @@ def generate(
     display_prompt: Annotated[bool, typer.Option("--display-prompt/--no-display-prompt", help="Echo it.")] = True,
     method: MethodOption = "auto",
     sparsity: Sparsity = None,
+    predictor_rank: PredictorRank = 128,
+    recall: Recall = 0.99,
     cold_fraction: ColdFraction = 0.0,
     activation: ActivationOption = None,
     backend: BackendOption = "auto",
+    precision: PrecisionOption = "auto",
     json: options.Json = False,
 ) -> None:
     """Continue a prompt."""
@@ -89,10 +97,13 @@ def generate(
         activation=activation,
         threads=threads,
         backend=backend,
+        precision=precision,
         method=method,
         sparsity=sparsity,
         cold_fraction=cold_fraction,
         sampling=sampling,
+        predictor_rank=predictor_rank,
+        recall=recall,
     )
     if n_predict < -1:
         raise ValueError(f"-n must be -1 (until the end of text) or at least 0, not {n_predict}")

@@ -15,6 +15,7 @@ from pinfer import sparsify
 from pinfer.config import SamplingConfig
 from pinfer.engine.load import Engine
 from pinfer.engine.sampling import Sampler
+from pinfer.engine.step import DecodeStep
 from pinfer.engine.stop import StopStrings
 from pinfer.models import KVCache
 
@@ -83,6 +84,7 @@ class Generation:
         self._stop = StopStrings(stop)
         self._detokenizer = engine.tokenizer.stream(after=prompt)
         self._cache = engine.model.new_cache() if before is None else before.hand_over(prompt)
+        self._decode_step = DecodeStep(engine.model, self._cache)
         self._started = False
         self.prompt = list(prompt)
         self.ids: list[int] = []
@@ -162,7 +164,7 @@ class Generation:
             sparsify.reset_activity(self._engine.model)
         self._steps += 1
         with self._engine.computing():
-            return self._trim(self._engine.model(torch.tensor([token]), self._cache))
+            return self._trim(self._decode_step(token))
 
     def _trim(self, logits: torch.Tensor) -> torch.Tensor:
         """The last row, without the padding that some embeddings have behind the vocabulary."""

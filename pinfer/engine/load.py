@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,19 +12,24 @@ from pathlib import Path
 import torch
 
 from pinfer.config import Method, ModelConfig, RunConfig
+from pinfer.engine.prepared import Prepared
 from pinfer.formats.gguf import GGUFFile
 from pinfer.formats.model_config import check_tensors, model_config
 from pinfer.formats.tokenizer import Tokenizer, load_tokenizer
 from pinfer.kernels.cpp import core_problem
-from pinfer.kernels.registry import check_backend, use_backend
+from pinfer.kernels.registry import check_backend, use_backend, use_int8
 from pinfer.models import Transformer, build_model
 from pinfer.placement import Plan
+from pinfer.predictors import LowRank, LowRankSettings
 from pinfer.sparsify import (
     PredictorMaker,
     calibrate_gate_thresholds,
     down_error,
     exact_predictors,
+    fit_low_rank_predictors,
     gate_threshold_predictors,
+    low_rank_predictors,
+    low_rank_qualities,
     resolve_method,
     sparsify,
 )
@@ -40,6 +46,9 @@ ONE_THREAD_BELOW_BYTES = 32e6
 MAX_TOKEN_BYTES = 256  # no token of a known vocabulary is longer
 CALIBRATION_TOKENS = 1024
 CALIBRATION_EXCERPTS = 4  # spread over the text, which changes its subject as it goes
+# Fitting wants more tokens than some contexts hold, so it gets sequences. Twice as many take a tenth
+# off the neurons that low_rank names beside the active ones, and twice the time.
+FIT_SEQUENCES, FIT_TOKENS = 8, 256
 
 
 @dataclass(frozen=True)
@@ -70,9 +79,16 @@ class Engine:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Inference on this engine's backend; every forward pass belongs inside."""
-        with torch.inference_mode(), use_backend(self.run.backend):
+        """Inference on this engine's backend and precision; every forward pass belongs inside."""
+        with torch.inference_mode(), use_backend(self.run.backend), use_int8(self.int8):
             yield
+
+    @property
+    def int8(self) -> bool:
+        """Whether activations are rounded to int8 where they meet quantised weights."""
+        if self.run.precision == "auto":
+            return self.run.backend in ("auto", "cpu") and core_problem() is None
+        return self.run.precision == "int8"
 
 
 def load_engine(run: RunConfig, progress: Callable[[str], None] = lambda _: None) -> Engine:
@@ -97,9 +113,10 @@ def load_engine(run: RunConfig, progress: Callable[[str], None] = lambda _: None
     model = build_model(gguf, config, _context(run.context, config))
     engine = Engine(run, path, config, tokenizer, model, method, progress=progress)
     check_backend(run.backend, model.embedding.device)
+    prepared = Prepared(gguf, config, progress)
     with engine.computing():
-        _make_sparse(engine)
-    return dataclasses.replace(engine, notes=tuple(_notes(engine)))
+        _make_sparse(engine, prepared)
+    return dataclasses.replace(engine, notes=(*prepared.notes, *_notes(engine)))
 
 
 def _context(asked: int | None, config: ModelConfig) -> int:
@@ -113,24 +130,70 @@ def _notes(engine: Engine) -> Iterator[str]:
         yield f"the slower torch reference computes: {problem}"
     if error := down_error(engine.model):
         yield f"down was requantised to Q8_0 for the sparse path, at {100 * error:.2g} % of its weights' RMS"
+    if qualities := low_rank_qualities(engine.model):
+        recalls, densities, active = (
+            [getattr(layer, name) for layer in qualities] for name in ("recall", "density", "active")
+        )
+        yield (
+            f"low_rank catches {100 * sum(recalls) / len(recalls):.1f} % of active neurons "
+            f"(asked {100 * engine.run.recall:g} %, worst layer {100 * min(recalls):.1f} %) and names "
+            f"{sum(densities) / max(sum(active), 1e-9):.1f} for each, on calibration text that it was not fitted on"
+        )
 
 
-def _make_sparse(engine: Engine) -> None:
+def _make_sparse(engine: Engine, prepared: Prepared) -> None:
     if engine.method == "dense":
         return
     config, run = engine.config, engine.run
     plan = Plan.uniform(config.n_layers, config.d_ffn, run.cold_fraction) if run.cold_fraction else None
-    sparsify(engine.model, _predictors(engine), plan)
+    sparsify(engine.model, _predictors(engine, prepared), plan, prepared.downs())
 
 
-def _predictors(engine: Engine) -> PredictorMaker:
+def _predictors(engine: Engine, prepared: Prepared) -> PredictorMaker:
     if engine.method == "exact":
         return exact_predictors
+    if engine.method == "low_rank":
+        return low_rank_predictors(_low_rank(engine, prepared))
     assert engine.run.sparsity is not None
     engine.progress("calibrating thresholds on the shipped text")
     text = CALIBRATION_TEXT.read_text(encoding="utf-8")
     tokens = calibration_tokens(engine.tokenizer, text, min(CALIBRATION_TOKENS, engine.config.context_length))
     return gate_threshold_predictors(calibrate_gate_thresholds(engine.model, tokens, engine.run.sparsity))
+
+
+def _low_rank(engine: Engine, prepared: Prepared) -> list[LowRank]:
+    """Fitted on the shipped text, or read from where an earlier run kept them."""
+    run, config = engine.run, engine.config
+    settings = LowRankSettings(run.predictor_rank, run.recall, run.sparsity)
+    settings.check(config.activation, config.d_ffn, config.d_model)
+    text = CALIBRATION_TEXT.read_text(encoding="utf-8")
+
+    def fit() -> list[LowRank]:
+        engine.progress("fitting predictors on the shipped text")
+        sequences = calibration_sequences(engine.tokenizer, text, min(FIT_TOKENS, config.context_length))
+        return fit_low_rank_predictors(engine.model, sequences, settings, prepared.progress)
+
+    key = dataclasses.asdict(settings) | {
+        "activation": config.activation,
+        "int8": engine.int8,
+        "text": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "sequences": [FIT_SEQUENCES, FIT_TOKENS],
+    }
+    return prepared.low_rank(key, fit)
+
+
+def calibration_sequences(tokenizer: Tokenizer, text: str, length: int) -> list[torch.Tensor]:
+    """FIT_SEQUENCES excerpts from all over the text, int64 [<= length] each, opened by BOS where the model uses one."""
+    start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    ids = tokenizer.encode(text, add_bos=False)
+    step = min(length - len(start), len(ids) // FIT_SEQUENCES)
+    if step < 2:
+        raise ValueError(
+            f"calibration needs sequences of at least 2 tokens beside the opening one: "
+            f"the context is {length}, the text has {len(ids)} for {FIT_SEQUENCES} of them"
+        )
+    stride = len(ids) // FIT_SEQUENCES
+    return [torch.tensor(start + ids[at : at + step]) for at in range(0, FIT_SEQUENCES * stride, stride)]
 
 
 def calibration_tokens(tokenizer: Tokenizer, text: str, length: int) -> torch.Tensor:

@@ -1,11 +1,35 @@
-"""Every op, in the order a sparse FFN uses them: `ops.quant_matmul(x, weight)` dispatches by device."""
+"""Every op: `ops.quant_matmul(x, weight)` dispatches by device."""
 
+from pinfer.kernels.add import OP as add
+from pinfer.kernels.attention import OP as attention
 from pinfer.kernels.dequantize import OP as dequantize
+from pinfer.kernels.embed import OP as embed
+from pinfer.kernels.glu import OP as glu
+from pinfer.kernels.input_sparse_matmul import OP as input_sparse_matmul
 from pinfer.kernels.quant_matmul import OP as quant_matmul
 from pinfer.kernels.registry import Op
+from pinfer.kernels.rms_norm import OP as rms_norm
+from pinfer.kernels.rope import OP as rope
 from pinfer.kernels.select_active import OP as select_active
 from pinfer.kernels.sparse_ffn import OP as sparse_ffn
+from pinfer.kernels.tally import OP as tally
 
-OPS: tuple[Op, ...] = (dequantize, quant_matmul, select_active, sparse_ffn)
+OPS: tuple[Op, ...] = (
+    embed,
+    rms_norm,
+    quant_matmul,
+    rope,
+    attention,
+    add,
+    glu,
+    select_active,
+    tally,
+    sparse_ffn,
+    input_sparse_matmul,
+    dequantize,
+)
 
-__all__ = ["OPS", "dequantize", "quant_matmul", "select_active", "sparse_ffn"]
+__all__ = [
+    "OPS", "add", "attention", "dequantize", "embed", "glu", "input_sparse_matmul", "quant_matmul", "rms_norm",
+    "rope", "select_active", "sparse_ffn", "tally",
+]  # fmt: skip

@@ -22,6 +22,9 @@ from pinfer.quant import QuantTensor
 
 BACKENDS = ("reference", "cpu", "triton")
 _forced: ContextVar[str] = ContextVar("pinfer_backend", default="auto")
+_int8: ContextVar[bool] = ContextVar("pinfer_int8", default=False)
+Observer = Callable[["Op"], contextlib.AbstractContextManager[None]]
+_observer: ContextVar[Observer | None] = ContextVar("pinfer_observer", default=None)
 
 
 class BackendUnavailable(RuntimeError):
@@ -43,6 +46,26 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+@contextlib.contextmanager
+def use_int8(enabled: bool = True) -> Iterator[None]:
+    """Round activations to int8 before products with quantised weights, in every op of the block that can."""
+    token = _int8.set(enabled)
+    try:
+        yield
+    finally:
+        _int8.reset(token)
+
+
+@contextlib.contextmanager
+def observe_ops(observer: Observer) -> Iterator[None]:
+    """Enter `observer(op)` around every op call of the block; recording a program does."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
 def check_backend(name: str, device: torch.device) -> None:
     """BackendUnavailable if ops on this device cannot run on that backend; `auto` always can."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -60,30 +83,36 @@ class Op:
 
     reference:   plain fp32 torch; it defines the result.
     triton, cpu: `module:function` of the other implementations, with the reference's signature,
-                 imported on first use because Triton and the compiler are optional.
+                 imported on first use because Triton and the compiler are optional. None where torch
+                 is good enough on that device: the reference runs there.
     make_inputs: `(generator, **case) -> kwargs` for any implementation.
     cases:       sizes and options that tests run, among them empty, full and indivisible ones.
     bench_cases: model-sized ones, for `bench/`.
     bytes_moved: `(**kwargs) -> int`, the least bytes a perfect kernel reads and writes.
     tolerance:   largest relative RMS error against the reference; 0 asks for equality.
+    takes_int8:  whether it has an `int8` argument, which `use_int8` then sets.
     """
 
     name: str
     reference: Callable[..., Any]
-    triton: str
-    cpu: str
+    triton: str | None
+    cpu: str | None
     make_inputs: Callable[..., dict[str, Any]]
     cases: tuple[Mapping[str, Any], ...]
     bench_cases: tuple[Mapping[str, Any], ...]
     bytes_moved: Callable[..., int]
     tolerance: float
+    takes_int8: bool = False
 
     def __post_init__(self) -> None:
         for field in ("reference", "make_inputs", "bytes_moved"):
             if not callable(getattr(self, field)):
                 raise TypeError(f"op {self.name!r} has no {field}")
+        if self.triton is None and self.cpu is None:
+            raise TypeError(f"op {self.name!r} has a reference alone: name an implementation, or call torch")
         for field in ("triton", "cpu"):
-            if not isinstance(getattr(self, field), str) or ":" not in getattr(self, field):
+            target = getattr(self, field)
+            if target is not None and not (isinstance(target, str) and ":" in target):
                 raise TypeError(f"op {self.name!r} names no {field} implementation as 'module:function'")
         if not self.cases or not self.bench_cases:
             raise TypeError(f"op {self.name!r} has no test or benchmark cases")
@@ -98,18 +127,24 @@ class Op:
 
     @cached_property
     def _triton(self) -> Callable[..., Any]:
-        return _load(self.triton)
+        return self.reference if self.triton is None else _load(self.triton)
 
     @cached_property
     def _cpu(self) -> Callable[..., Any]:
-        return _load(self.cpu)
+        return self.reference if self.cpu is None else _load(self.cpu)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the forced backend, or on the one for the first tensor argument's device."""
+        if self.takes_int8:
+            kwargs.setdefault("int8", _int8.get())
         backend = _forced.get()
         if backend == "auto":
             backend = _backend_for(_device_of(args, kwargs))
-        return self.implementation(backend)(*args, **kwargs)
+        run, observer = self.implementation(backend), _observer.get()
+        if observer is None:
+            return run(*args, **kwargs)
+        with observer(self):
+            return run(*args, **kwargs)
 
 
 def _load(target: str) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ import torch
 
 from pinfer.kernels.ops import dequantize
 from pinfer.quant import BF16, F16, F32, Q8_0, QuantTensor
+from pinfer.quantize import quantize_q8_0
 
 # Rows requantised at a time, a Q8_0 block of the transpose: 3.7 MB of floats for a 70B model's down.
 TILE = 32
@@ -50,13 +51,6 @@ def _to_q8_0(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _to_f16(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     halves = QuantTensor.from_dense(columns.half())
     return halves.blocks, dequantize(halves)
-
-
-def quantize_q8_0(values: torch.Tensor) -> torch.Tensor:
-    """Blocks uint8 [rows, 34] from float32 [rows, 32]: an fp16 scale of max |x| / 127, then int8."""
-    scale = (values.abs().amax(dim=1, keepdim=True) / 127).half()
-    quants = torch.where(scale == 0, 0, values / scale.float()).round().clamp(-127, 127).to(torch.int8)
-    return torch.cat([scale.view(torch.uint8), quants.view(torch.uint8)], dim=1)
 
 
 def _transpose_tiles(weight: QuantTensor) -> QuantTensor | None:

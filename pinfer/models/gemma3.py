@@ -27,5 +27,5 @@ class Gemma3Block(Block):
 
     def forward(self, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """x: float32 [T, D] residual; returns the same after this layer."""
-        h = x + self.post_attention_norm(self.attention(self.attention_norm(x), cache))
-        return h + self.post_ffn_norm(self.ffn(self.ffn_norm(h), residual=h))
+        h = self.post_attention_norm(self.attention(self.attention_norm(x), cache), residual=x)
+        return self.post_ffn_norm(self.ffn(self.ffn_norm(h), residual=h), residual=h)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pinfer.config import ModelConfig
+from pinfer.kernels.ops import add
 from pinfer.models.layers import Attention, AttentionWeights, KVCache, RMSNorm, Rope
 from pinfer.models.transformer import Block, dense_ffn
 from pinfer.models.weights import WeightSource
@@ -21,5 +22,5 @@ class LlamaBlock(Block):
 
     def forward(self, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """x: float32 [T, D] residual; returns the same after this layer."""
-        h = x + self.attention(self.attention_norm(x), cache)
-        return h + self.ffn(self.ffn_norm(h), residual=h)
+        h = add(x, self.attention(self.attention_norm(x), cache))
+        return add(h, self.ffn(self.ffn_norm(h), residual=h))

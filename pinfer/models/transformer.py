@@ -9,7 +9,7 @@ from torch import nn
 
 from pinfer.config import ModelConfig
 from pinfer.ffn import DenseFFN
-from pinfer.kernels.ops import dequantize, quant_matmul
+from pinfer.kernels.ops import embed, quant_matmul
 from pinfer.models.layers import KVCache, RMSNorm, Rope
 from pinfer.models.weights import WeightSource
 
@@ -33,6 +33,7 @@ class Transformer(nn.Module):
         factors = weights.vector("rope_freqs.weight") if weights.has("rope_freqs.weight") else None
         rope = Rope(config.rope, factors)
         local = rope if config.rope_local is None else Rope(config.rope_local)
+        self.ropes = (rope,) if local is rope else (rope, local)
         ropes = [local if config.is_sliding(layer) else rope for layer in range(config.n_layers)]
         self.blocks = nn.ModuleList(
             build_block(weights, config, layer, ropes[layer]) for layer in range(config.n_layers)
@@ -47,12 +48,18 @@ class Transformer(nn.Module):
         """
         if cache.length + tokens.shape[0] > cache.context:
             raise ValueError(f"{cache.length + tokens.shape[0]} tokens do not fit the context of {cache.context}")
-        x = dequantize(self.embedding[tokens]) * self.config.embedding_scale  # [T, D]
+        for rope in self.ropes:
+            rope.reserve(cache.length + tokens.shape[0])
+        logits = self.compute(tokens, cache, last_only=last_only)
+        cache.length += tokens.shape[0]
+        return logits
+
+    def compute(self, tokens: torch.Tensor, cache: KVCache, *, last_only: bool = False) -> torch.Tensor:
+        """`forward` by ops alone, without its checks: what a step program records. The cache's length stays."""
+        x = embed(tokens, self.embedding, scale=self.config.embedding_scale)  # [T, D]
         for block in self.blocks:
             x = block(x, cache)
-        cache.length += tokens.shape[0]
-        x = self.norm(x[-1:] if last_only else x)
-        return quant_matmul(x, self.head)
+        return quant_matmul(self.norm(x[-1:] if last_only else x), self.head)
 
     def new_cache(self) -> KVCache:
         return KVCache(self.config, self.context)

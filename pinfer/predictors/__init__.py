@@ -3,5 +3,18 @@
 from pinfer.predictors.base import Prediction, Predictor
 from pinfer.predictors.exact import ZERO_BELOW_ZERO, ExactPredictor
 from pinfer.predictors.gate_threshold import GateThreshold, gate_threshold_for
+from pinfer.predictors.low_rank import CalibrationInputs, LowRank, LowRankQuality, LowRankSettings, fit_low_rank
 
-__all__ = ["ZERO_BELOW_ZERO", "ExactPredictor", "GateThreshold", "Prediction", "Predictor", "gate_threshold_for"]
+__all__ = [
+    "ZERO_BELOW_ZERO",
+    "CalibrationInputs",
+    "ExactPredictor",
+    "GateThreshold",
+    "LowRank",
+    "LowRankQuality",
+    "LowRankSettings",
+    "Prediction",
+    "Predictor",
+    "fit_low_rank",
+    "gate_threshold_for",
+]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from pinfer.kernels.activation import activate
-from pinfer.kernels.ops import quant_matmul
+from pinfer.kernels.ops import glu, quant_matmul
 from pinfer.predictors.base import Prediction, Predictor, predict_above
 from pinfer.quant import QuantTensor
 
@@ -27,7 +27,8 @@ class GateThreshold(Predictor):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> Prediction:
         gate_values = quant_matmul(x, self.gate)
-        return predict_above(activate(self.activation, gate_values).abs(), self.threshold, gate_values)
+        sizes = glu(gate_values, activation=self.activation, magnitude=True)
+        return predict_above(sizes, self.threshold, gate_values)
 
     def shard(self, neurons: torch.Tensor) -> GateThreshold:
         return GateThreshold(self.gate[neurons], self.activation, float(self.threshold))

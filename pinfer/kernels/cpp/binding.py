@@ -1,34 +1,227 @@
-"""ctypes views of torch tensors for the C++ core."""
+"""ctypes mirrors of abi.h, views of torch tensors, and the running of single steps."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from ctypes import c_float, c_int32, c_int64, c_void_p
 
 import torch
 
 from pinfer.kernels.cpp.build import CoreError, load_core
 from pinfer.quant import QuantTensor
 
-# Some 100 µs of work on one core. The shipped model decodes at 300 tokens/s on one thread and at 115
-# where two that sleep are woken for each of its small matrices.
+# Some 100 µs of work on one core. Where two threads that sleep are woken for each small matrix, the
+# shipped model decodes at a third of the speed it has on one.
 WORTH_WAKING = 400_000
 
 ACTIVATION_CODES = {"silu": 0, "gelu_tanh": 1, "relu": 2, "relu2": 3}
 
 
 class Matrix(ctypes.Structure):
-    """`pinfer_matrix` of core.cpp."""
+    """`pinfer_matrix`; all zeros stands for none."""
 
     _fields_ = (
-        ("blocks", ctypes.c_void_p),
-        ("row_stride", ctypes.c_int64),
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("type", ctypes.c_int32),
+        ("blocks", c_void_p),
+        ("row_stride", c_int64),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("type", c_int32),
     )
 
 
-def matrix(weight: QuantTensor) -> Matrix:
+class Arguments(ctypes.Structure):
+    """The arguments of one step; `KIND` is its number in `pinfer_kind`."""
+
+    KIND = -1
+
+
+class Dequantize(Arguments):
+    KIND = 0
+    _fields_ = (("w", Matrix), ("out", c_void_p))
+
+
+class Embed(Arguments):
+    KIND = 1
+    _fields_ = (("w", Matrix), ("ids", c_void_p), ("tokens", c_int64), ("scale", c_float), ("out", c_void_p))
+
+
+class Matmul(Arguments):
+    KIND = 2
+    _fields_ = (
+        ("w", Matrix),
+        ("x", c_void_p),
+        ("tokens", c_int64),
+        ("int8", c_int32),
+        ("y", c_void_p),
+        ("scratch", c_void_p),
+    )
+
+
+class SelectActive(Arguments):
+    KIND = 3
+    _fields_ = (
+        ("scores", c_void_p),
+        ("tokens", c_int64),
+        ("neurons", c_int64),
+        ("threshold", c_void_p),
+        ("threshold_stride", c_int64),
+        ("indices", c_void_p),
+        ("count", c_void_p),
+    )
+
+
+class SparseFFN(Arguments):
+    KIND = 4
+    _fields_ = (
+        ("gate", Matrix),
+        ("up", Matrix),
+        ("down", Matrix),
+        ("x", c_void_p),
+        ("tokens", c_int64),
+        ("indices", c_void_p),
+        ("count", c_void_p),
+        ("mask", c_void_p),
+        ("gate_values", c_void_p),
+        ("activation", c_int32),
+        ("int8", c_int32),
+        ("y", c_void_p),
+        ("hidden", c_void_p),
+        ("scratch", c_void_p),
+    )
+
+
+class InputSparse(Arguments):
+    KIND = 5
+    _fields_ = (
+        ("w", Matrix),
+        ("x", c_void_p),
+        ("tokens", c_int64),
+        ("threshold", c_void_p),
+        ("y", c_void_p),
+        ("hidden", c_void_p),
+    )
+
+
+class RMSNorm(Arguments):
+    KIND = 6
+    _fields_ = (
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("residual", c_void_p),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("eps", c_float),
+        ("y", c_void_p),
+    )
+
+
+class Add(Arguments):
+    KIND = 7
+    _fields_ = (("a", c_void_p), ("b", c_void_p), ("count", c_int64), ("y", c_void_p))
+
+
+class GLU(Arguments):
+    KIND = 8
+    _fields_ = (
+        ("gate", c_void_p),
+        ("up", c_void_p),
+        ("count", c_int64),
+        ("activation", c_int32),
+        ("magnitude", c_int32),
+        ("y", c_void_p),
+    )
+
+
+class Rope(Arguments):
+    KIND = 9
+    _fields_ = (
+        ("x", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("start", c_void_p),
+        ("tokens", c_int64),
+        ("heads", c_int64),
+        ("head_dim", c_int64),
+        ("dim", c_int64),
+        ("interleaved", c_int32),
+        ("y", c_void_p),
+    )
+
+
+class Attention(Arguments):
+    KIND = 10
+    _fields_ = (
+        ("query", c_void_p),
+        ("key", c_void_p),
+        ("value", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("start", c_void_p),
+        ("tokens", c_int64),
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("context", c_int64),
+        ("window", c_int64),
+        ("scale", c_float),
+        ("y", c_void_p),
+        ("scores", c_void_p),
+    )
+
+
+class Tally(Arguments):
+    KIND = 11
+    _fields_ = (
+        ("count", c_void_p),
+        ("mask", c_void_p),
+        ("tokens", c_int64),
+        ("neurons", c_int64),
+        ("totals", c_void_p),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (("kind", c_int32), ("arguments", c_void_p))
+
+
+# Told of every step that runs; see program.py.
+_listener: ContextVar[Callable[[Arguments, tuple[object, ...]], None] | None] = ContextVar("pinfer_steps", default=None)
+
+
+@contextmanager
+def listening(listener: Callable[[Arguments, tuple[object, ...]], None]) -> Iterator[None]:
+    """Tell `listener` of each step of the block, with the objects that own its memory."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def run(arguments: Arguments, multiplications: int, *kept: object) -> None:
+    """Run one step now; `kept` owns the memory that its pointers name, for a program that records it."""
+    if (listener := _listener.get()) is not None:
+        listener(arguments, kept)
+    load_core().pinfer_run(steps([arguments]), 1, threads_for(multiplications))
+
+
+def steps(arguments: list[Arguments]) -> ctypes.Array[_Step]:
+    """The array that `pinfer_run` takes; the arguments must outlive it."""
+    return (_Step * len(arguments))(*(_Step(one.KIND, ctypes.addressof(one)) for one in arguments))
+
+
+def threads_for(multiplications: int) -> int:
+    """torch's own number, so that both use one pool of the same size; 1 where waking it would cost more."""
+    return torch.get_num_threads() if multiplications >= WORTH_WAKING else 1
+
+
+def matrix(weight: QuantTensor | None) -> Matrix:
+    """A view of a weight's blocks; CoreError for a type that the core does not know."""
+    if weight is None:
+        return Matrix()
     blocks = weight.blocks
     if blocks.device.type != "cpu" or (blocks.shape[1] > 1 and blocks.stride(1) != 1):
         raise ValueError(f"{weight!r} must be in CPU memory with contiguous rows")
@@ -37,15 +230,24 @@ def matrix(weight: QuantTensor) -> Matrix:
     return Matrix(blocks.data_ptr(), blocks.stride(0), weight.rows, weight.columns, weight.type.ggml_id)
 
 
-def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def floats(tensor: torch.Tensor) -> torch.Tensor:
     """Contiguous float32 on the CPU, without a copy where it is that already."""
+    if tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous():
+        return tensor
     return tensor.to(device="cpu", dtype=torch.float32).contiguous()
 
 
-def threads(multiplications: int) -> ctypes.c_int32:
-    """torch's own number, so that both use one pool of the same size; 1 where waking it would cost more."""
-    return ctypes.c_int32(torch.get_num_threads() if multiplications >= WORTH_WAKING else 1)
+ALIGNMENT = 64
+
+
+def scratch(tokens: int, columns: int, copies: int = 1) -> torch.Tensor:
+    """uint8 memory for `copies` packings of tokens rounded to int8; `aligned` gives its first usable address."""
+    return torch.empty(copies * load_core().pinfer_scratch(tokens, columns) + ALIGNMENT, dtype=torch.uint8)
+
+
+def aligned(memory: torch.Tensor) -> int:
+    return -(-memory.data_ptr() // ALIGNMENT) * ALIGNMENT

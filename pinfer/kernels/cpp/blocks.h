@@ -1,237 +1,269 @@
-// GGUF weight blocks to floats. Layouts as in ggml-common.h; the torch reference in
-// kernels/dequantize/reference.py says the same thing in array form.
+// The blocks of GGUF's weight types: where quants and scales lie. Layouts as in ggml-common.h; the
+// torch reference in kernels/dequantize/reference.py says the same thing in array form.
+//
+// Every type is w = scale · (quant - OFFSET) - minimum over groups of GROUP weights, and offers
+//   quants(block, out)    SIZE quants as bytes (two's complement for Q8_0), in order;
+//   affine(block, s, m)   the float scale and minimum of each group; m stays unset without HAS_MIN.
+// K-quants have SIZE 256 and also offer their integers, for arithmetic that stays in integers:
+//   integers(block, sc, mn, d, dmin)   sixteen of each, one for each 16 weights.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
+#include "vectors.h"
 
 namespace pinfer {
+namespace PINFER_NAMESPACE {
 
-inline float half_at(const uint8_t* p) {
-    uint16_t bits;
-    std::memcpy(&bits, p, 2);
-    const uint32_t magnitude = bits & 0x7fffu;
-    uint32_t out = magnitude << 13;
-    float value;
-    std::memcpy(&value, &out, 4);
-    value *= 0x1p112f;  // rebiases the exponent, subnormals included
-    std::memcpy(&out, &value, 4);
-    if (magnitude >= 0x7c00u) out = (magnitude << 13) | 0x7f800000u;
-    out |= uint32_t(bits & 0x8000u) << 16;
-    std::memcpy(&value, &out, 4);
-    return value;
+inline uint32_t word_at(const uint8_t* p) {
+    uint32_t v;
+    std::memcpy(&v, p, 4);
+    return v;
 }
 
-// Every type offers SIZE weights in BYTES bytes and unpack(block, SIZE floats).
-struct F32 {
-    static constexpr int SIZE = 1, BYTES = 4;
-    static void unpack(const uint8_t* b, float* y) { std::memcpy(y, b, 4); }
-};
+typedef uint8_t Bytes16 __attribute__((vector_size(16)));
 
-struct F16 {
-    static constexpr int SIZE = 1, BYTES = 2;
-    static void unpack(const uint8_t* b, float* y) { *y = half_at(b); }
-};
+// 16 bytes as 32 quants: the low nibbles, then the high ones.
+inline void nibbles(const uint8_t* b, uint8_t* q) {
+    const Bytes16 v = load<Bytes16>(b);
+    store(q, v & 15);
+    store(q + 16, v >> 4);
+}
 
-struct BF16 {
-    static constexpr int SIZE = 1, BYTES = 2;
-    static void unpack(const uint8_t* b, float* y) {
-        uint16_t bits;
-        std::memcpy(&bits, b, 2);
-        const uint32_t wide = uint32_t(bits) << 16;
-        std::memcpy(y, &wide, 4);
+// The same with a fifth bit each from a word.
+inline void five_bits(const uint8_t* b, uint32_t high, uint8_t* q) {
+    nibbles(b, q);
+    const Bytes16 bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    for (int half = 0; half < 2; ++half, high >>= 16) {
+        const uint8_t low = uint8_t(high), up = uint8_t(high >> 8);
+        const Bytes16 spread = {low, low, low, low, low, low, low, low, up, up, up, up, up, up, up, up};
+        store(q + 16 * half, load<Bytes16>(q + 16 * half) | ((Bytes16)((spread & bit) == bit) & 16));
     }
-};
+}
 
 struct Q8_0 {
-    static constexpr int SIZE = 32, BYTES = 34;
-    static void unpack(const uint8_t* b, float* y) {
-        const float d = half_at(b);
-        const int8_t* q = reinterpret_cast<const int8_t*>(b + 2);
-        for (int i = 0; i < 32; ++i) y[i] = d * q[i];
-    }
+    static constexpr int SIZE = 32, BLOCK_BYTES = 34, GROUP = 32, OFFSET = 0;
+    static constexpr bool HAS_MIN = false;
+    static void quants(const uint8_t* b, uint8_t* q) { std::memcpy(q, b + 2, 32); }
+    static void affine(const uint8_t* b, float* s, float*) { s[0] = half_at(b); }
 };
 
+// Whether the quants are two's complement; only Q8_0's are.
+template <class Type>
+constexpr bool SIGNED = false;
+template <>
+constexpr bool SIGNED<Q8_0> = true;
+
 struct Q4_0 {
-    static constexpr int SIZE = 32, BYTES = 18;
-    static void unpack(const uint8_t* b, float* y) {
-        const float d = half_at(b);
-        for (int i = 0; i < 16; ++i) {
-            y[i] = d * (int(b[2 + i] & 15) - 8);
-            y[i + 16] = d * (int(b[2 + i] >> 4) - 8);
-        }
-    }
+    static constexpr int SIZE = 32, BLOCK_BYTES = 18, GROUP = 32, OFFSET = 8;
+    static constexpr bool HAS_MIN = false;
+    static void quants(const uint8_t* b, uint8_t* q) { nibbles(b + 2, q); }
+    static void affine(const uint8_t* b, float* s, float*) { s[0] = half_at(b); }
 };
 
 struct Q4_1 {
-    static constexpr int SIZE = 32, BYTES = 20;
-    static void unpack(const uint8_t* b, float* y) {
-        const float d = half_at(b), m = half_at(b + 2);
-        for (int i = 0; i < 16; ++i) {
-            y[i] = d * (b[4 + i] & 15) + m;
-            y[i + 16] = d * (b[4 + i] >> 4) + m;
-        }
+    static constexpr int SIZE = 32, BLOCK_BYTES = 20, GROUP = 32, OFFSET = 0;
+    static constexpr bool HAS_MIN = true;
+    static void quants(const uint8_t* b, uint8_t* q) { nibbles(b + 4, q); }
+    static void affine(const uint8_t* b, float* s, float* m) {
+        s[0] = half_at(b);
+        m[0] = -half_at(b + 2);
     }
 };
 
-inline uint32_t word_at(const uint8_t* p) {
-    return uint32_t(p[0]) | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16 | uint32_t(p[3]) << 24;
-}
-
 struct Q5_0 {
-    static constexpr int SIZE = 32, BYTES = 22;
-    static void unpack(const uint8_t* b, float* y) {
-        const float d = half_at(b);
-        const uint32_t high = word_at(b + 2);
-        for (int i = 0; i < 16; ++i) {
-            y[i] = d * (int((b[6 + i] & 15) | ((high >> i) & 1) << 4) - 16);
-            y[i + 16] = d * (int((b[6 + i] >> 4) | ((high >> (i + 16)) & 1) << 4) - 16);
-        }
-    }
+    static constexpr int SIZE = 32, BLOCK_BYTES = 22, GROUP = 32, OFFSET = 16;
+    static constexpr bool HAS_MIN = false;
+    static void quants(const uint8_t* b, uint8_t* q) { five_bits(b + 6, word_at(b + 2), q); }
+    static void affine(const uint8_t* b, float* s, float*) { s[0] = half_at(b); }
 };
 
 struct Q5_1 {
-    static constexpr int SIZE = 32, BYTES = 24;
-    static void unpack(const uint8_t* b, float* y) {
-        const float d = half_at(b), m = half_at(b + 2);
-        const uint32_t high = word_at(b + 4);
-        for (int i = 0; i < 16; ++i) {
-            y[i] = d * int((b[8 + i] & 15) | ((high >> i) & 1) << 4) + m;
-            y[i + 16] = d * int((b[8 + i] >> 4) | ((high >> (i + 16)) & 1) << 4) + m;
-        }
+    static constexpr int SIZE = 32, BLOCK_BYTES = 24, GROUP = 32, OFFSET = 0;
+    static constexpr bool HAS_MIN = true;
+    static void quants(const uint8_t* b, uint8_t* q) { five_bits(b + 8, word_at(b + 4), q); }
+    static void affine(const uint8_t* b, float* s, float* m) {
+        s[0] = half_at(b);
+        m[0] = -half_at(b + 2);
     }
 };
 
-struct Q2_K {
-    static constexpr int SIZE = 256, BYTES = 84;
-    static void unpack(const uint8_t* b, float* y) {
-        const float d = half_at(b + 80), dmin = half_at(b + 82);
-        for (int g = 0; g < 16; ++g) {  // 16 groups of 16 weights
-            const float scale = d * (b[g] & 15), minimum = dmin * (b[g] >> 4);
-            const uint8_t* q = b + 16 + 32 * (g / 8) + 16 * (g & 1);
-            const int shift = 2 * ((g / 2) & 3);
-            for (int i = 0; i < 16; ++i) y[16 * g + i] = scale * ((q[i] >> shift) & 3) - minimum;
-        }
+inline Groups widen(Bytes16 v) { return __builtin_convertvector(v, Groups); }
+
+inline Bytes16 bytes16(uint64_t low, uint64_t high) {
+    Bytes16 v;
+    std::memcpy(&v, &low, 8);
+    std::memcpy(reinterpret_cast<char*>(&v) + 8, &high, 8);
+    return v;
+}
+
+// Float scales and minima of a K-quant from its integers.
+template <class Type>
+inline void affine_of_integers(const uint8_t* b, float* s, float* m) {
+    Groups sc, mn;
+    float d, dmin;
+    Type::integers(b, sc, mn, d, dmin);
+    constexpr int STEP = Type::GROUP / 16;
+    for (int g = 0; g < 256 / Type::GROUP; ++g) {
+        s[g] = d * sc[g * STEP];
+        if (Type::HAS_MIN) m[g] = dmin * mn[g * STEP];
     }
+}
+
+struct Q2_K {
+    static constexpr int SIZE = 256, BLOCK_BYTES = 84, GROUP = 16, OFFSET = 0;
+    static constexpr bool HAS_MIN = true;
+    static void quants(const uint8_t* b, uint8_t* q) {
+        for (int h = 0; h < 2; ++h)
+            for (int s = 0; s < 4; ++s)
+                for (int i = 0; i < 32; ++i) q[128 * h + 32 * s + i] = (b[16 + 32 * h + i] >> (2 * s)) & 3;
+    }
+    static void integers(const uint8_t* b, Groups& sc, Groups& mn, float& d, float& dmin) {
+        const Bytes16 packed = load<Bytes16>(b);
+        sc = widen(packed & 15), mn = widen(packed >> 4);
+        d = half_at(b + 80), dmin = half_at(b + 82);
+    }
+    static void affine(const uint8_t* b, float* s, float* m) { affine_of_integers<Q2_K>(b, s, m); }
 };
 
 struct Q3_K {
-    static constexpr int SIZE = 256, BYTES = 110;
-    static void unpack(const uint8_t* b, float* y) {
-        const float d = half_at(b + 108);
-        const uint8_t* packed = b + 96;
-        for (int g = 0; g < 16; ++g) {
-            const int low = (packed[g & 7] >> (4 * (g / 8))) & 15;
-            const int high = (packed[8 + (g & 3)] >> (2 * (g / 4))) & 3;
-            const float scale = d * ((low | high << 4) - 32);
-            const uint8_t* q = b + 32 + 32 * (g / 8) + 16 * (g & 1);
-            const uint8_t* mask = b + 16 * (g & 1);
-            const int shift = 2 * ((g / 2) & 3), bit = g / 2;
-            for (int i = 0; i < 16; ++i)
-                y[16 * g + i] = scale * (int((q[i] >> shift) & 3) + 4 * int((mask[i] >> bit) & 1) - 4);
-        }
+    static constexpr int SIZE = 256, BLOCK_BYTES = 110, GROUP = 16, OFFSET = 4;
+    static constexpr bool HAS_MIN = false;
+    static void quants(const uint8_t* b, uint8_t* q) {
+        for (int h = 0; h < 2; ++h)
+            for (int s = 0; s < 4; ++s)
+                for (int i = 0; i < 32; ++i)
+                    q[128 * h + 32 * s + i] =
+                        ((b[32 + 32 * h + i] >> (2 * s)) & 3) | ((b[i] >> (4 * h + s)) & 1) << 2;
     }
+    static void integers(const uint8_t* b, Groups& sc, Groups& mn, float& d, float& dmin) {
+        const uint32_t a0 = word_at(b + 96), a1 = word_at(b + 100), high = word_at(b + 104);
+        const uint32_t low4 = 0x0f0f0f0f, low2 = 0x03030303;
+        const uint64_t w0 = (a0 & low4) | (high & low2) << 4, w1 = (a1 & low4) | ((high >> 2) & low2) << 4;
+        const uint64_t w2 = ((a0 >> 4) & low4) | ((high >> 4) & low2) << 4;
+        const uint64_t w3 = ((a1 >> 4) & low4) | ((high >> 6) & low2) << 4;
+        sc = widen(bytes16(w0 | w1 << 32, w2 | w3 << 32)) - 32;
+        mn = sc * OFFSET;
+        d = dmin = half_at(b + 108);
+    }
+    static void affine(const uint8_t* b, float* s, float* m) { affine_of_integers<Q3_K>(b, s, m); }
 };
 
-// The six-bit scale and minimum of group g (0..7) that Q4_K and Q5_K keep in 12 bytes.
-inline void scale_and_minimum(const uint8_t* p, int g, int* scale, int* minimum) {
-    if (g < 4) {
-        *scale = p[g] & 63;
-        *minimum = p[g + 4] & 63;
-    } else {
-        *scale = (p[g + 4] & 15) | (p[g - 4] >> 6) << 4;
-        *minimum = (p[g + 4] >> 4) | (p[g] >> 6) << 4;
+// The eight six-bit scales and minima that Q4_K and Q5_K keep in 12 bytes, each twice over.
+inline void six_bits(const uint8_t* p, Groups& sc, Groups& mn) {
+    const uint32_t a = word_at(p), b = word_at(p + 4), c = word_at(p + 8);
+    const uint64_t scales = uint64_t(a & 0x3f3f3f3f) | uint64_t((c & 0x0f0f0f0f) | ((a >> 6) & 0x03030303) << 4) << 32;
+    const uint64_t minima =
+        uint64_t(b & 0x3f3f3f3f) | uint64_t(((c >> 4) & 0x0f0f0f0f) | ((b >> 6) & 0x03030303) << 4) << 32;
+#if defined(__x86_64__)
+    const __m128i s = _mm_cvtsi64_si128(int64_t(scales)), m = _mm_cvtsi64_si128(int64_t(minima));
+    sc = widen((Bytes16)_mm_unpacklo_epi8(s, s)), mn = widen((Bytes16)_mm_unpacklo_epi8(m, m));
+#else
+    for (int g = 0; g < 16; ++g) {
+        sc[g] = int16_t(scales >> (8 * (g / 2)) & 255);
+        mn[g] = int16_t(minima >> (8 * (g / 2)) & 255);
     }
+#endif
 }
 
 struct Q4_K {
-    static constexpr int SIZE = 256, BYTES = 144;
-    static void unpack(const uint8_t* b, float* y) {
-        const float d = half_at(b), dmin = half_at(b + 2);
-        for (int g = 0; g < 8; ++g) {
-            int s, m;
-            scale_and_minimum(b + 4, g, &s, &m);
-            const float scale = d * s, minimum = dmin * m;
-            const uint8_t* q = b + 16 + 32 * (g / 2);
-            const int shift = 4 * (g & 1);
-            for (int i = 0; i < 32; ++i) y[32 * g + i] = scale * ((q[i] >> shift) & 15) - minimum;
-        }
+    static constexpr int SIZE = 256, BLOCK_BYTES = 144, GROUP = 32, OFFSET = 0;
+    static constexpr bool HAS_MIN = true;
+    static void quants(const uint8_t* b, uint8_t* q) {
+        for (int g = 0; g < 8; ++g)
+            for (int i = 0; i < 32; ++i) q[32 * g + i] = (b[16 + 32 * (g / 2) + i] >> (4 * (g & 1))) & 15;
     }
+    static void integers(const uint8_t* b, Groups& sc, Groups& mn, float& d, float& dmin) {
+        six_bits(b + 4, sc, mn);
+        d = half_at(b), dmin = half_at(b + 2);
+    }
+    static void affine(const uint8_t* b, float* s, float* m) { affine_of_integers<Q4_K>(b, s, m); }
 };
 
 struct Q5_K {
-    static constexpr int SIZE = 256, BYTES = 176;
-    static void unpack(const uint8_t* b, float* y) {
-        const float d = half_at(b), dmin = half_at(b + 2);
-        for (int g = 0; g < 8; ++g) {
-            int s, m;
-            scale_and_minimum(b + 4, g, &s, &m);
-            const float scale = d * s, minimum = dmin * m;
-            const uint8_t* q = b + 48 + 32 * (g / 2);
-            const int shift = 4 * (g & 1);
-            for (int i = 0; i < 32; ++i) {
-                const int value = ((q[i] >> shift) & 15) | ((b[16 + i] >> g) & 1) << 4;
-                y[32 * g + i] = scale * value - minimum;
-            }
-        }
+    static constexpr int SIZE = 256, BLOCK_BYTES = 176, GROUP = 32, OFFSET = 0;
+    static constexpr bool HAS_MIN = true;
+    static void quants(const uint8_t* b, uint8_t* q) {
+        for (int g = 0; g < 8; ++g)
+            for (int i = 0; i < 32; ++i)
+                q[32 * g + i] = ((b[48 + 32 * (g / 2) + i] >> (4 * (g & 1))) & 15) | ((b[16 + i] >> g) & 1) << 4;
     }
+    static void integers(const uint8_t* b, Groups& sc, Groups& mn, float& d, float& dmin) {
+        six_bits(b + 4, sc, mn);
+        d = half_at(b), dmin = half_at(b + 2);
+    }
+    static void affine(const uint8_t* b, float* s, float* m) { affine_of_integers<Q5_K>(b, s, m); }
 };
 
 struct Q6_K {
-    static constexpr int SIZE = 256, BYTES = 210;
-    static void unpack(const uint8_t* b, float* y) {
-        const float d = half_at(b + 208);
-        const int8_t* scales = reinterpret_cast<const int8_t*>(b + 192);
-        for (int g = 0; g < 16; ++g) {
-            const float scale = d * scales[g];
-            const int run = (g / 2) & 3;  // 32 weights a run, four runs in each half
-            const uint8_t* low = b + 64 * (g / 8) + 32 * (run & 1) + 16 * (g & 1);
-            const uint8_t* high = b + 128 + 32 * (g / 8) + 16 * (g & 1);
-            const int low_shift = 4 * (run / 2), high_shift = 2 * run;
-            for (int i = 0; i < 16; ++i) {
-                const int value = ((low[i] >> low_shift) & 15) | ((high[i] >> high_shift) & 3) << 4;
-                y[16 * g + i] = scale * (value - 32);
+    static constexpr int SIZE = 256, BLOCK_BYTES = 210, GROUP = 16, OFFSET = 32;
+    static constexpr bool HAS_MIN = false;
+    static void quants(const uint8_t* b, uint8_t* q) {
+        for (int h = 0; h < 2; ++h)
+            for (int run = 0; run < 4; ++run)  // 32 weights a run, four runs in each half
+                for (int i = 0; i < 32; ++i) {
+                    const int low = (b[64 * h + 32 * (run & 1) + i] >> (4 * (run / 2))) & 15;
+                    q[128 * h + 32 * run + i] = low | ((b[128 + 32 * h + i] >> (2 * run)) & 3) << 4;
+                }
+    }
+    static void integers(const uint8_t* b, Groups& sc, Groups& mn, float& d, float& dmin) {
+        typedef int8_t Signed16 __attribute__((vector_size(16)));
+        sc = __builtin_convertvector(load<Signed16>(b + 192), Groups);
+        mn = sc * OFFSET;
+        d = dmin = half_at(b + 208);
+    }
+    static void affine(const uint8_t* b, float* s, float* m) { affine_of_integers<Q6_K>(b, s, m); }
+};
+
+// Types of one weight a block: SIZE 1, and LANES floats at a time.
+struct Float32 {
+    static constexpr int SIZE = 1, BLOCK_BYTES = 4;
+    static F32 at(const uint8_t* p) { return load<F32>(p); }
+    static float one(const uint8_t* p) {
+        float v;
+        std::memcpy(&v, p, 4);
+        return v;
+    }
+};
+struct Float16 {
+    static constexpr int SIZE = 1, BLOCK_BYTES = 2;
+    static F32 at(const uint8_t* p) { return halves_at(p); }
+    static float one(const uint8_t* p) { return half_at(p); }
+};
+struct BFloat16 {
+    static constexpr int SIZE = 1, BLOCK_BYTES = 2;
+    static F32 at(const uint8_t* p) { return bfloats_at(p); }
+    static float one(const uint8_t* p) {
+        uint16_t bits;
+        std::memcpy(&bits, p, 2);
+        const uint32_t wide = uint32_t(bits) << 16;
+        float v;
+        std::memcpy(&v, &wide, 4);
+        return v;
+    }
+};
+
+// `count` weights as floats, a multiple of SIZE, from a block's start.
+template <class Type>
+inline void unpack(const uint8_t* b, int64_t count, float* out) {
+    if constexpr (Type::SIZE == 1) {
+        int64_t i = 0;
+        for (; i + LANES <= count; i += LANES) store(out + i, Type::at(b + i * Type::BLOCK_BYTES));
+        for (; i < count; ++i) out[i] = Type::one(b + i * Type::BLOCK_BYTES);
+    } else {
+        for (int64_t i = 0; i < count; i += Type::SIZE, b += Type::BLOCK_BYTES) {
+            uint8_t q[Type::SIZE];
+            float s[Type::SIZE / Type::GROUP], m[Type::SIZE / Type::GROUP];
+            Type::quants(b, q);
+            Type::affine(b, s, m);
+            for (int g = 0; g < Type::SIZE / Type::GROUP; ++g) {
+                const float minimum = Type::HAS_MIN ? m[g] : 0.0f;
+                for (int j = g * Type::GROUP; j < (g + 1) * Type::GROUP; ++j) {
+                    const int quant = SIGNED<Type> ? int(int8_t(q[j])) : int(q[j]);
+                    out[i + j] = s[g] * float(quant - Type::OFFSET) - minimum;
+                }
             }
         }
     }
-};
-
-// Weights [0, count) of a run that starts on a block boundary.
-template <class Type>
-inline void unpack_run(const uint8_t* blocks, int64_t count, float* out) {
-    for (int64_t i = 0; i < count; i += Type::SIZE) Type::unpack(blocks + i / Type::SIZE * Type::BYTES, out + i);
 }
 
-using UnpackRun = void (*)(const uint8_t*, int64_t, float*);
-
-struct Layout {
-    UnpackRun unpack;
-    int size, bytes;
-};
-
-template <class Type>
-constexpr Layout layout_of() {
-    return {unpack_run<Type>, Type::SIZE, Type::BYTES};
-}
-
-// By GGUF's type number; size 0 marks a type this core does not know.
-inline Layout layout_for(int ggml_id) {
-    switch (ggml_id) {
-        case 0: return layout_of<F32>();
-        case 1: return layout_of<F16>();
-        case 2: return layout_of<Q4_0>();
-        case 3: return layout_of<Q4_1>();
-        case 6: return layout_of<Q5_0>();
-        case 7: return layout_of<Q5_1>();
-        case 8: return layout_of<Q8_0>();
-        case 10: return layout_of<Q2_K>();
-        case 11: return layout_of<Q3_K>();
-        case 12: return layout_of<Q4_K>();
-        case 13: return layout_of<Q5_K>();
-        case 14: return layout_of<Q6_K>();
-        case 30: return layout_of<BF16>();
-        default: return {nullptr, 0, 0};
-    }
-}
-
+}  // namespace PINFER_NAMESPACE
 }  // namespace pinfer

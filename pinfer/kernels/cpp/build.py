@@ -1,31 +1,21 @@
-"""Compiles and loads the C++ core at first use.
+"""Loads the C++ core: the library that a wheel carries, else one compiled at first use.
 
-The library is cached under the user's cache folder by a hash of its sources, flags, compiler and
-processor, so that an edit rebuilds it and two machines never share one. Where no compiler exists
-the ops fall back to the torch reference, and `core_problem()` says why.
+That one is cached under the user's cache folder by its sources, flags, instruction sets and compiler,
+so that an edit rebuilds it. Where no compiler exists the ops fall back to the torch reference, and
+`core_problem()` says why.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-import hashlib
 import os
-import platform
-import shlex
-import shutil
 import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
-import torch
-
+from pinfer.kernels.cpp.compile import CompileError, cached_library, levels_to_build, packaged_library
 from pinfer.kernels.registry import BackendUnavailable
-
-SOURCES = ("core.cpp", "blocks.h")
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-march=native", "-ffp-contract=fast", "-fno-math-errno")
-BUILD_TIMEOUT_S = 300
 
 
 class CoreError(BackendUnavailable):
@@ -51,19 +41,54 @@ def core_problem() -> str | None:
     return str(outcome) if isinstance(outcome, CoreError) else None
 
 
+def forget_core() -> None:
+    """Look for the library anew at the next use; for tests that change what it is built from."""
+    load_core.cache_clear()
+    _try_load.cache_clear()
+
+
 @functools.cache
 def _try_load() -> ctypes.CDLL | CoreError:
     if os.environ.get("PINFER_NO_CORE"):
         return CoreError("the C++ core is switched off by PINFER_NO_CORE")
     try:
-        # torch's own OpenMP runtime is already in the process; ours resolves to the same one by name.
-        core = ctypes.CDLL(str(_build()))
-    except CoreError as error:
-        return error
+        core = _packaged() or ctypes.CDLL(str(cached_library(cache_folder(), levels_to_build())))
+    except CompileError as error:
+        return CoreError(str(error))
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         return CoreError(f"the C++ core cannot be built: {error}")
-    core.pinfer_select_active.restype = ctypes.c_int64
+    _declare(core)
+    if core.pinfer_instruction_set() is None:
+        return CoreError("the C++ core was compiled for another processor; PINFER_ALL_SETS=1 compiles it for any")
     return core
+
+
+def _packaged() -> ctypes.CDLL | None:
+    """The library that a wheel carries, if it is of these sources and this system can load it."""
+    path = packaged_library()
+    if path.exists():
+        # Torch's own OpenMP runtime is already in the process; ours resolves to the same one by name.
+        with contextlib.suppress(OSError):  # made for another C library
+            return ctypes.CDLL(str(path))
+    return None
+
+
+def _declare(core: ctypes.CDLL) -> None:
+    """The signatures of the functions that core.cpp exports."""
+    integers = ctypes.POINTER(ctypes.c_int32)
+    signatures = {
+        "pinfer_run": (None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)),
+        "pinfer_knows_type": (ctypes.c_int32, (ctypes.c_int32,)),
+        "pinfer_scratch": (ctypes.c_int64, (ctypes.c_int64, ctypes.c_int64)),
+        "pinfer_use": (ctypes.c_int32, (ctypes.c_char_p,)),
+        "pinfer_instruction_set": (ctypes.c_char_p, ()),
+        "pinfer_read": (ctypes.c_uint64, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)),
+        "pinfer_pin": (ctypes.c_int32, (integers, ctypes.c_int32)),
+        "pinfer_memory": (ctypes.c_int32, (ctypes.c_int32, integers, ctypes.c_int32, ctypes.c_int32)),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(core, name)
+        function.restype, function.argtypes = result, arguments
 
 
 def cache_folder() -> Path:
@@ -73,56 +98,3 @@ def cache_folder() -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # The XDG specification has relative and empty values ignored.
     return (base if base.is_absolute() else Path.home() / ".cache") / "pinfer"
-
-
-def _build() -> Path:
-    compiler = (
-        shlex.split(os.environ.get("CXX", ""))
-        or [found for name in ("g++", "clang++") if (found := shutil.which(name))][:1]
-    )
-    if not compiler:
-        raise CoreError("no C++ compiler found (g++ or clang++, or name one in CXX)")
-    folder = Path(__file__).parent
-    if shutil.which(compiler[0]) is None:
-        raise CoreError(f"no C++ compiler found at {compiler[0]}, which CXX names")
-    library = cache_folder() / f"core-{_fingerprint(compiler, folder)}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, folder, library)
-    return library
-
-
-def _fingerprint(compiler: list[str], folder: Path) -> str:
-    digest = hashlib.sha256()
-    for name in SOURCES:
-        digest.update((folder / name).read_bytes())
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
-    digest.update(repr((FLAGS, compiler, version, _cpu(), torch.__version__, sys.platform)).encode())
-    return digest.hexdigest()[:16]
-
-
-def _cpu() -> str:
-    """The instruction sets of this processor, which -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine() + platform.processor()
-    return "".join(
-        next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags", "Features")
-    )
-
-
-def _compile(compiler: list[str], folder: Path, library: Path) -> None:
-    handle, unfinished = tempfile.mkstemp(suffix=".so", dir=library.parent)
-    os.close(handle)
-    try:
-        command = [*compiler, *FLAGS, "-shared", str(folder / "core.cpp"), "-o", unfinished]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S)
-        if result.returncode:
-            first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr[:200])
-            raise CoreError(f"{shlex.join(compiler)} cannot compile the C++ core: {first.strip()}")
-        with open(unfinished, "rb") as built:
-            os.fsync(built.fileno())  # a crash must not leave a short library under the final name
-        os.replace(unfinished, library)
-    finally:
-        Path(unfinished).unlink(missing_ok=True)

@@ -1,166 +1,176 @@
-// The CPU core: dequantise, matmul over quantised rows, compaction and the sparse FFN.
-//
-// A plain C ABI over raw pointers, so that ctypes (and later a CUDA host node) can call it.
-// Every result is bitwise independent of the number of threads: work is split over outputs, never
-// over a sum. Weights are read once per call, 256 at a time, whatever the number of tokens.
+// The C ABI: picks the widest instruction set the processor has, runs programs on a team of threads,
+// and places those threads and their memory.
 #include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <vector>
+#include <cstring>
 
-#include "blocks.h"
+#include <omp.h>
+#if defined(__linux__)
+#include <linux/mempolicy.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "kernels.h"
 
 namespace {
 
 using namespace pinfer;
 
-constexpr int RUN = 256;        // weights unpacked at a time: a K-quant block, 1 KB of floats
-constexpr int TOKEN_TILE = 16;  // tokens that share one unpacking
+// The widest set that this build (PINFER_HAS_…) and the processor both have, or the named one; else null.
+const Kernels* table_for(const char* name) {
+    [[maybe_unused]] const auto wanted = [name](const char* set) { return !name || !std::strcmp(name, set); };
+#if defined(PINFER_HAS_AVX2) || defined(PINFER_HAS_AVX512)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+#if defined(PINFER_HAS_AVX512)
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vnni");
+    if (avx512 && wanted("avx512")) return &avx512::TABLE;
+#endif
+#if defined(PINFER_HAS_AVX2)
+    if (avx2 && wanted("avx2")) return &avx2::TABLE;
+#endif
+#if defined(PINFER_HAS_PORTABLE)
+    if (wanted("portable")) return &portable::TABLE;
+#endif
+    return nullptr;
+}
 
-enum Activation { SILU = 0, GELU_TANH = 1, RELU = 2, RELU2 = 3 };
+const Kernels* chosen = table_for(nullptr);
 
-float activate(int kind, float g) {
-    switch (kind) {
-        case SILU: return g / (1.0f + std::exp(-g));
-        case GELU_TANH: return 0.5f * g * (1.0f + std::tanh(0.7978845608028654f * (g + 0.044715f * g * g * g)));
-        // NaN passes through: it must not look like an inactive neuron.
-        case RELU: return g < 0 ? 0.0f : g;
-        default: return g < 0 ? 0.0f : g * g;
+// ---- where threads run ---------------------------------------------------------------------------
+
+constexpr int MOST = 4096;  // processors, and threads of a team
+
+struct {
+    int32_t count = 0;  // 0: threads run where the system puts them
+    int32_t cpus[MOST];
+} pins;  // the processor of each thread of a team
+
+int32_t pin_of(int id) { return id < pins.count ? pins.cpus[id] : -1; }
+
+#if defined(__linux__)
+
+struct Mask {
+    uint64_t words[MOST / 64];
+};
+thread_local struct {
+    int32_t cpu = -1;  // where this thread is pinned
+    Mask before;       // where it might run until then
+} own;
+
+// Pins this thread to a processor, or lets go of it with -1. False where the system refuses.
+bool move_to(int32_t cpu) {
+    if (cpu == own.cpu) return true;
+    if (own.cpu < 0) {
+        own.before = {};
+        if (syscall(SYS_sched_getaffinity, 0, sizeof(Mask), &own.before) < 0) return false;
     }
-}
-
-float dot(const float* a, const float* b, int64_t count) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < count; ++i) sum += a[i] * b[i];
-    return sum;
-}
-
-// out[t] = row · x[t] for tokens x[0..count), x rows `columns` apart.
-void row_dots(const Layout& layout, const uint8_t* row, int64_t columns, const float* const* x, int count, float* out) {
-    float unpacked[RUN];
-    std::fill(out, out + count, 0.0f);
-    for (int64_t at = 0; at < columns; at += RUN) {
-        const int64_t run = std::min<int64_t>(RUN, columns - at);
-        layout.unpack(row + at / layout.size * layout.bytes, run, unpacked);
-        for (int t = 0; t < count; ++t) out[t] += dot(unpacked, x[t] + at, run);
+    Mask mask = own.before;
+    if (cpu >= 0) {
+        mask = {};
+        mask.words[cpu / 64] = uint64_t(1) << (cpu % 64);
     }
+    if (syscall(SYS_sched_setaffinity, 0, sizeof(Mask), &mask)) return false;
+    own.cpu = cpu;
+    return true;
 }
+
+bool set_memory_policy(int32_t mode, const uint64_t* nodes, int64_t bits) {
+    // The kernel reads one bit less than it is told of.
+    return syscall(SYS_set_mempolicy, mode, mode == MPOL_DEFAULT ? nullptr : nodes, mode == MPOL_DEFAULT ? 0 : bits + 1) == 0;
+}
+
+#else
+
+bool move_to(int32_t cpu) { return cpu < 0; }
+bool set_memory_policy(int32_t, const uint64_t*, int64_t) { return false; }
+
+#endif
 
 }  // namespace
 
 extern "C" {
 
-struct pinfer_matrix {
-    const uint8_t* blocks;
-    int64_t row_stride;  // bytes from one row to the next
-    int64_t rows, columns;
-    int32_t type;  // GGUF's number
-};
-
-int32_t pinfer_knows_type(int32_t type) { return layout_for(type).size != 0; }
-
-// out [rows, columns]
-void pinfer_dequantize(const pinfer_matrix* w, float* out, int32_t threads) {
-    const Layout layout = layout_for(w->type);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t r = 0; r < w->rows; ++r)
-        layout.unpack(w->blocks + r * w->row_stride, w->columns, out + r * w->columns);
+// Forces an instruction set by name, or null for the widest; false if this processor or build lacks it.
+int32_t pinfer_use(const char* name) {
+    const Kernels* table = table_for(name);
+    if (table) chosen = table;
+    return table != nullptr;
 }
 
-// y [tokens, rows] = x [tokens, columns] · wᵀ
-void pinfer_matmul(const pinfer_matrix* w, const float* x, int64_t tokens, float* y, int32_t threads) {
-    const Layout layout = layout_for(w->type);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t r = 0; r < w->rows; ++r) {
-        for (int64_t first = 0; first < tokens; first += TOKEN_TILE) {
-            const int count = int(std::min<int64_t>(TOKEN_TILE, tokens - first));
-            const float* inputs[TOKEN_TILE];
-            float sums[TOKEN_TILE];
-            for (int t = 0; t < count; ++t) inputs[t] = x + (first + t) * w->columns;
-            row_dots(layout, w->blocks + r * w->row_stride, w->columns, inputs, count, sums);
-            for (int t = 0; t < count; ++t) y[(first + t) * w->rows + r] = sums[t];
-        }
-    }
+// Null where this build has no set that the processor has; nothing may run then.
+const char* pinfer_instruction_set() {
+#if defined(PINFER_HAS_AVX512)
+    if (chosen == &avx512::TABLE) return "avx512";
+#endif
+#if defined(PINFER_HAS_AVX2)
+    if (chosen == &avx2::TABLE) return "avx2";
+#endif
+    return chosen ? "portable" : nullptr;
 }
 
-// indices: ascending n with scores[t, n] above threshold[n * threshold_stride], or NaN, for some t; returns their number.
-int64_t pinfer_select_active(const float* scores, int64_t tokens, int64_t neurons, const float* threshold,
-                             int64_t threshold_stride, int32_t* indices) {
-    int64_t count = 0;
-    for (int64_t n = 0; n < neurons; ++n) {
-        bool active = false;
-        for (int64_t t = 0; t < tokens; ++t) active |= !(scores[t * neurons + n] <= threshold[n * threshold_stride]);
-        indices[count] = int32_t(n);  // overwritten unless active
-        count += active;
+int32_t pinfer_knows_type(int32_t type) { return chosen->knows(type); }
+
+int64_t pinfer_scratch(int64_t tokens, int64_t columns) { return pinfer_scratch_bytes(tokens, columns); }
+
+// Runs the steps in order, each by all threads together.
+void pinfer_run(const pinfer_step* steps, int64_t count, int32_t threads) {
+    Shared shared;
+    const Kernels& kernels = *chosen;
+    const auto work = [&](int id, int size) {
+        move_to(pin_of(id));
+        Team team{id, size, &shared};
+        for (int64_t i = 0; i < count; ++i) kernels.run[steps[i].kind](team, steps[i].arguments);
+    };
+    if (threads <= 1) {
+        work(0, 1);
+    } else {
+#pragma omp parallel num_threads(threads)
+        work(omp_get_thread_num(), omp_get_num_threads());
     }
-    return count;
+    move_to(-1);  // the caller's thread is not ours to keep: what it starts later would inherit the pin
 }
 
-// y [tokens, D] = Σ over listed neurons n of act(g_n) · (up_n · x) · down_n.
-//
-// `gate_values` [tokens, N] replaces the products gate_n · x where the predictor has made them;
-// `up` may be null (ungated FFN: act(g_n) · down_n); `mask` [tokens, N] or null restricts tokens.
-void pinfer_sparse_ffn(const pinfer_matrix* gate, const pinfer_matrix* up, const pinfer_matrix* down, const float* x,
-                       int64_t tokens, const int32_t* indices, int64_t active, const uint8_t* mask,
-                       const float* gate_values, int32_t activation, float* y, int32_t threads) {
-    const int64_t neurons = gate->rows, width = down->columns;
-    std::vector<float> hidden(size_t(active * tokens));
-
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 16)
-    for (int64_t k = 0; k < active; ++k) {
-        const int64_t n = indices[k];
-        for (int64_t first = 0; first < tokens; first += TOKEN_TILE) {
-            const float* inputs[TOKEN_TILE];
-            int64_t owner[TOKEN_TILE];
-            float values[TOKEN_TILE], ups[TOKEN_TILE];
-            int count = 0;
-            for (int64_t t = first; t < std::min(tokens, first + TOKEN_TILE); ++t) {
-                hidden[k * tokens + t] = 0;
-                if (mask && !mask[t * neurons + n]) continue;
-                owner[count] = t;
-                inputs[count++] = x + t * gate->columns;
-            }
-            if (gate_values) {
-                for (int i = 0; i < count; ++i) values[i] = gate_values[owner[i] * neurons + n];
-            } else {
-                row_dots(layout_for(gate->type), gate->blocks + n * gate->row_stride, gate->columns, inputs, count,
-                         values);
-            }
-            int alive = 0;  // exact for ReLU: a neuron whose activation is zero needs no up or down
-            for (int i = 0; i < count; ++i) {
-                const float h = activate(activation, values[i]);
-                if (h == 0) continue;
-                values[alive] = h;
-                owner[alive] = owner[i];
-                inputs[alive++] = inputs[i];
-            }
-            if (up && alive)
-                row_dots(layout_for(up->type), up->blocks + n * up->row_stride, up->columns, inputs, alive, ups);
-            for (int i = 0; i < alive; ++i) hidden[k * tokens + owner[i]] = up ? values[i] * ups[i] : values[i];
-        }
+// Pins thread i of every later team to processor cpus[i], for as long as it runs one; count 0 lets them go.
+// Returns how many the system would pin. Not while a program runs.
+int32_t pinfer_pin(const int32_t* cpus, int32_t count) {
+    const int32_t threads = std::max({pins.count, count, 1});
+    pins.count = std::min<int32_t>(count, MOST);
+    for (int32_t i = 0; i < pins.count; ++i) pins.cpus[i] = cpus[i] < MOST ? cpus[i] : -1;
+    int32_t pinned = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : pinned)
+    {
+        const int32_t cpu = pin_of(omp_get_thread_num());
+        pinned += move_to(cpu) && cpu >= 0;
     }
+    move_to(-1);
+    return pinned;
+}
 
-    // Split over columns: each output element sums its neurons in list order.
-    const Layout layout = layout_for(down->type);
-    const int64_t runs = (width + RUN - 1) / RUN;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t r = 0; r < runs; ++r) {
-        const int64_t at = r * RUN, run = std::min<int64_t>(RUN, width - at);
-        float unpacked[RUN];
-        for (int64_t t = 0; t < tokens; ++t) std::fill_n(y + t * width + at, run, 0.0f);
-        for (int64_t k = 0; k < active; ++k) {
-            const float* h = &hidden[size_t(k * tokens)];
-            if (std::all_of(h, h + tokens, [](float v) { return v == 0; })) continue;
-            const uint8_t* row = down->blocks + int64_t(indices[k]) * down->row_stride;
-            layout.unpack(row + at / layout.size * layout.bytes, run, unpacked);
-            for (int64_t t = 0; t < tokens; ++t) {
-                if (h[t] == 0) continue;
-                float* out = y + t * width + at;
-                for (int64_t i = 0; i < run; ++i) out[i] += h[t] * unpacked[i];
-            }
-        }
-    }
+// Where memory comes from that the caller and the threads of a team touch first, from now on: `mode` as
+// set_mempolicy numbers it (0 default, 1 preferred, 3 interleaved), over `count` nodes. Returns how many
+// of `threads` threads the system did it for.
+int32_t pinfer_memory(int32_t mode, const int32_t* nodes, int32_t count, int32_t threads) {
+    constexpr int64_t BITS = 1024;  // the most nodes Linux can be built for
+    uint64_t mask[BITS / 64] = {};
+    for (int32_t i = 0; i < count; ++i)
+        if (nodes[i] >= 0 && nodes[i] < BITS) mask[nodes[i] / 64] |= uint64_t(1) << (nodes[i] % 64);
+    int32_t done = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : done)
+    done += set_memory_policy(mode, mask, BITS);
+    return done;
+}
+
+// Reads count bytes with all threads; the sum keeps the reads from being dropped.
+uint64_t pinfer_read(const uint8_t* p, int64_t count, int32_t threads) {
+    uint64_t total = 0;
+    const int64_t share = count / threads / 4096 * 4096;
+#pragma omp parallel for num_threads(threads) reduction(+ : total) schedule(static)
+    for (int32_t t = 0; t < threads; ++t) total += chosen->read_all(p + t * share, share);
+    return total;
 }
 
 }  // extern "C"

@@ -10,14 +10,17 @@ from pinfer.kernels.registry import Op
 from pinfer.quant import BY_NAME, QuantTensor
 
 
-def _make_inputs(generator: torch.Generator, *, type: str, tokens: int, rows: int, columns: int) -> dict[str, Any]:
+def _make_inputs(
+    generator: torch.Generator, *, type: str, tokens: int, rows: int, columns: int, int8: bool = False
+) -> dict[str, Any]:
     return {
         "x": cases.random_floats(generator, tokens, columns),
         "weight": cases.random_blocks(generator, BY_NAME[type], rows, columns),
+        "int8": int8,
     }
 
 
-def _bytes_moved(x: torch.Tensor, weight: QuantTensor) -> int:
+def _bytes_moved(x: torch.Tensor, weight: QuantTensor, **_: Any) -> int:
     return weight.nbytes + 4 * x.shape[0] * (weight.columns + weight.rows)
 
 
@@ -32,8 +35,20 @@ OP = Op(
         *({"type": name, "tokens": 3, "rows": 17, "columns": 512} for name in ("F16", "Q8_0", "Q4_K")),
         {"type": "Q5_0", "tokens": 13, "rows": 5, "columns": 64},
         {"type": "F32", "tokens": 1, "rows": 1, "columns": 1},
+        *(
+            {"type": name, "tokens": tokens, "rows": 37, "columns": cases.columns_for(name), "int8": True}
+            for name in BY_NAME
+            for tokens in (1, 3, 13)
+        ),
+        {"type": "Q8_0", "tokens": 21, "rows": 50, "columns": 1120, "int8": True},
+        {"type": "Q4_0", "tokens": 1, "rows": 3, "columns": 32, "int8": True},
     ),
-    bench_cases=tuple({"type": name, "tokens": 1, "rows": 4096, "columns": 4096} for name in cases.BENCH_TYPES),
+    bench_cases=tuple(
+        {"type": name, "tokens": 1, "rows": 4096, "columns": 4096, "int8": int8}
+        for name in cases.BENCH_TYPES
+        for int8 in ((False, True) if BY_NAME[name].block_size > 1 else (False,))
+    ),
+    takes_int8=True,
     bytes_moved=_bytes_moved,
     tolerance=1e-5,
 )

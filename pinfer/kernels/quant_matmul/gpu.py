@@ -9,6 +9,7 @@ import triton.language as tl
 from pinfer.kernels.aot import BYTES, FLOATS, Build
 from pinfer.kernels.dequantize.gpu import weights_at
 from pinfer.kernels.quant_matmul.reference import check_inputs
+from pinfer.kernels.rounding import rounded_for
 from pinfer.quant import BY_NAME, QuantTensor
 
 # 16 x 256 tiles spill on sm_80 to sm_90 for Q3_K, Q6_K and F32, 8 x 256 for Q5_0 and Q5_1 on sm_80.
@@ -40,9 +41,9 @@ def _quant_matmul_kernel(
     tl.store(out_ptr + token * rows + row, sums, mask=row < rows)
 
 
-def quant_matmul(x: torch.Tensor, weight: QuantTensor) -> torch.Tensor:
+def quant_matmul(x: torch.Tensor, weight: QuantTensor, *, int8: bool = False) -> torch.Tensor:
     check_inputs(x, weight)
-    x = x.contiguous()
+    x = (rounded_for(x.float(), weight) if int8 else x).contiguous()
     out = torch.empty(x.shape[0], weight.rows, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(weight.rows, BLOCK_N), x.shape[0])
     _quant_matmul_kernel[grid](

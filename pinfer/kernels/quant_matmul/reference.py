@@ -5,16 +5,19 @@ from __future__ import annotations
 import torch
 
 from pinfer.kernels.dequantize.reference import dequantize
+from pinfer.kernels.rounding import rounded_for
 from pinfer.quant import QuantTensor
 
 
-def quant_matmul(x: torch.Tensor, weight: QuantTensor) -> torch.Tensor:
+def quant_matmul(x: torch.Tensor, weight: QuantTensor, *, int8: bool = False) -> torch.Tensor:
     """Multiply tokens by a quantised matrix.
 
-    x: float [T, columns]; weight: QuantTensor [rows, columns]. Returns float32 [T, rows].
+    x: float [T, columns]; weight: QuantTensor [rows, columns]. With `int8`, x is first rounded in
+    blocks (see `rounding`) unless the weights are floats. Returns float32 [T, rows].
     """
     check_inputs(x, weight)
-    return x.float() @ dequantize(weight).T
+    x = rounded_for(x.float(), weight) if int8 else x.float()
+    return x @ dequantize(weight).T
 
 
 def check_inputs(x: torch.Tensor, weight: QuantTensor) -> None:

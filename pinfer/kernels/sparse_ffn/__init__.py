@@ -24,6 +24,7 @@ def _make_inputs(
     masked: bool = False,
     with_gate_values: bool = False,
     down_type: str | None = None,
+    int8: bool = False,
 ) -> dict[str, Any]:
     scores = torch.rand(tokens, neurons, generator=generator, device=generator.device)
     threshold = torch.tensor([1 - density if density < 1 else -1.0], device=generator.device)
@@ -40,6 +41,7 @@ def _make_inputs(
         "activation": activation,
         "mask": scores > threshold if masked else None,
         "gate_values": cases.random_floats(generator, tokens, neurons) if with_gate_values else None,
+        "int8": int8,
     }
 
 
@@ -77,12 +79,18 @@ OP = Op(
         {"type": "Q8_0", "tokens": 3, "neurons": 23, "width": 64, "density": 0.2, "masked": True},
         {"type": "Q5_0", "tokens": 13, "neurons": 9, "width": 32, "density": 0.2, "masked": True,
          "with_gate_values": True, "activation": "gelu_tanh"},
+        *({"type": name, "width": cases.columns_for(name), **_SMALL, "int8": True} for name in BY_NAME),
+        {"type": "Q8_0", "tokens": 16, "neurons": 97, "width": 96, "density": 0.1, "masked": True, "int8": True},
+        {"type": "Q4_K", "tokens": 5, "neurons": 41, "width": 512, "density": 0.2, "down_type": "Q8_0", "int8": True,
+         "activation": "relu"},
+        {"type": "Q4_0", "tokens": 19, "neurons": 41, "width": 64, "density": 0.2, "masked": True, "int8": True},
     ),
     bench_cases=tuple(
-        {"type": name, "tokens": 1, "neurons": 11008, "width": 4096, "density": density}
+        {"type": name, "tokens": 1, "neurons": 11008, "width": 4096, "density": density, "int8": True}
         for name in cases.BENCH_TYPES
         for density in (0.1, 0.5)
     ),
+    takes_int8=True,
     bytes_moved=_bytes_moved,
     tolerance=1e-5,
 )  # fmt: skip

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
 from pinfer.kernels.activation import activate
-from pinfer.kernels.cpp.binding import ACTIVATION_CODES, floats, matrix, pointer, threads
-from pinfer.kernels.cpp.build import load_core
+from pinfer.kernels.cpp import binding
+from pinfer.kernels.cpp.binding import ACTIVATION_CODES, floats, matrix, pointer
 from pinfer.kernels.dequantize.cpu import dequantize
-from pinfer.kernels.quant_matmul.cpu import GEMM_CHUNK_WEIGHTS, GEMM_FROM_TOKENS
+from pinfer.kernels.quant_matmul.cpu import GEMM_CHUNK_WEIGHTS, quant_matmul
 from pinfer.kernels.select_active.reference import Active
 from pinfer.kernels.sparse_ffn.reference import check_inputs
 from pinfer.quant import QuantTensor
+
+MANY_TOKENS = 16  # kernels.cpp keeps this many tokens of four rows
 
 
 def sparse_ffn(
@@ -26,21 +26,24 @@ def sparse_ffn(
     activation: str,
     mask: torch.Tensor | None = None,
     gate_values: torch.Tensor | None = None,
+    int8: bool = False,
 ) -> torch.Tensor:
     check_inputs(x, gate, up, down, active, activation, mask, gate_values)
     x = floats(x)
     gate_values = None if gate_values is None else floats(gate_values)
-    if x.shape[0] >= GEMM_FROM_TOKENS:
-        return _through_gemm(x, gate, up, down, active, activation, mask, gate_values)
-    out = torch.empty(x.shape[0], down.columns)
-    count = int(active.count)
+    if x.shape[0] > MANY_TOKENS:
+        return _through_gemm(x, gate, up, down, active, activation, mask, gate_values, int8)
+    tokens = x.shape[0]
+    out, hidden = torch.empty(tokens, down.columns), torch.empty(gate.rows, tokens)
     bytes_mask = None if mask is None else mask.contiguous().view(torch.uint8)
-    load_core().pinfer_sparse_ffn(
-        ctypes.byref(matrix(gate)), None if up is None else ctypes.byref(matrix(up)), ctypes.byref(matrix(down)),
-        pointer(x), ctypes.c_int64(x.shape[0]), pointer(active.indices), ctypes.c_int64(count),
-        pointer(bytes_mask), pointer(gate_values), ctypes.c_int32(ACTIVATION_CODES[activation]), pointer(out),
-        threads(3 * count * x.numel()),
+    memory = binding.scratch(tokens, gate.columns, copies=2) if int8 else None
+    arguments = binding.SparseFFN(
+        matrix(gate), matrix(up), matrix(down), pointer(x), tokens, pointer(active.indices), pointer(active.count),
+        pointer(bytes_mask), pointer(gate_values), ACTIVATION_CODES[activation], int8, pointer(out), pointer(hidden),
+        None if memory is None else binding.aligned(memory),
     )  # fmt: skip
+    kept = (gate.blocks, None if up is None else up.blocks, down.blocks, x, active, bytes_mask, gate_values)
+    binding.run(arguments, 3 * int(active.count) * x.numel(), *kept, out, hidden, memory)
     return out
 
 
@@ -53,14 +56,15 @@ def _through_gemm(
     activation: str,
     mask: torch.Tensor | None,
     gate_values: torch.Tensor | None,
+    int8: bool,
 ) -> torch.Tensor:
     """The same sum in runs of neurons, each unpacked once; the union of many tokens is nearly all of them."""
     out = torch.zeros(x.shape[0], down.columns)
     for listed in active.indices[: int(active.count)].long().split(max(1, GEMM_CHUNK_WEIGHTS // down.columns)):
-        pre = x @ dequantize(gate[listed]).T if gate_values is None else gate_values[:, listed]
+        pre = quant_matmul(x, gate[listed], int8=int8) if gate_values is None else gate_values[:, listed]
         hidden = activate(activation, pre)
         if up is not None:
-            hidden = hidden * (x @ dequantize(up[listed]).T)
+            hidden = hidden * quant_matmul(x, up[listed], int8=int8)
         if mask is not None:
             hidden = torch.where(mask[:, listed], hidden, 0.0)
         out += hidden @ dequantize(down[listed])

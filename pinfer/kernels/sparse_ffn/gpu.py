@@ -14,6 +14,7 @@ import triton.language as tl
 
 from pinfer.kernels.aot import BYTES, FLOATS, INTS, Build
 from pinfer.kernels.dequantize.gpu import weights_at
+from pinfer.kernels.rounding import rounded_for
 from pinfer.kernels.select_active.reference import Active
 from pinfer.kernels.sparse_ffn.reference import check_inputs
 from pinfer.quant import BY_NAME, QuantTensor
@@ -96,9 +97,12 @@ def sparse_ffn(
     activation: str,
     mask: torch.Tensor | None = None,
     gate_values: torch.Tensor | None = None,
+    int8: bool = False,
 ) -> torch.Tensor:
     check_inputs(x, gate, up, down, active, activation, mask, gate_values)
-    x = x.contiguous()
+    if int8 and up is not None and up.type.block_size != gate.type.block_size:
+        raise NotImplementedError(f"int8 with gate in {gate.type} and up in {up.type}: their blocks differ")
+    x = (rounded_for(x.float(), gate) if int8 else x).contiguous()
     tokens, width = x.shape
     programs = _programs(x.device)
     partial = torch.empty(programs, tokens, width, dtype=torch.float32, device=x.device)

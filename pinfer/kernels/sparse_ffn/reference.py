@@ -9,6 +9,7 @@ import torch
 
 from pinfer.kernels.activation import ACTIVATIONS, activate
 from pinfer.kernels.dequantize.reference import dequantize
+from pinfer.kernels.rounding import rounded_for
 from pinfer.kernels.select_active.reference import Active
 from pinfer.quant import QuantTensor
 
@@ -23,6 +24,7 @@ def sparse_ffn(
     activation: str,
     mask: torch.Tensor | None = None,
     gate_values: torch.Tensor | None = None,
+    int8: bool = False,
 ) -> torch.Tensor:
     """Compute the listed neurons of an FFN.
 
@@ -33,16 +35,18 @@ def sparse_ffn(
     active:      the union over tokens of the neurons to compute.
     mask:        bool [T, N] or None: which of them each token uses.
     gate_values: float32 [T, N] or None: g_i · x where the predictor has it; gate rows stay unread.
+    int8:        round x in blocks before the products with gate and up (see `rounding`).
 
     Returns float32 [T, D].
     """
     check_inputs(x, gate, up, down, active, activation, mask, gate_values)
     listed = active.indices[: int(active.count)].long()
     x = x.float()
-    pre = x @ dequantize(gate[listed]).T if gate_values is None else gate_values[:, listed]
+    seen_by = (lambda weight: rounded_for(x, weight)) if int8 else (lambda weight: x)
+    pre = seen_by(gate) @ dequantize(gate[listed]).T if gate_values is None else gate_values[:, listed]
     hidden = activate(activation, pre)  # [T, K]
     if up is not None:
-        hidden = hidden * (x @ dequantize(up[listed]).T)
+        hidden = hidden * (seen_by(up) @ dequantize(up[listed]).T)
     if mask is not None:
         hidden = torch.where(mask[:, listed], hidden, 0.0)
     return hidden @ dequantize(down[listed])

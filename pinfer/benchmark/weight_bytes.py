@@ -1,0 +1,50 @@
+"""How many bytes of weights one decode step needs, dense and sparse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pinfer.formats.gguf import GGUFFile
+
+WHOLE_GATE = ("exact", "gate_threshold")  # methods that compute every neuron's gate to predict with
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes of a model's matrices as they lie in the file.
+
+    gate is what predictors read (the up matrix of an ungated FFN), rest the FFN's other matrices,
+    other all else: attention and the head. An embedding that is not the head as well does not
+    count: a step reads one row of it.
+    """
+
+    other: int
+    gate: int
+    rest: int
+
+    @classmethod
+    def of(cls, gguf: GGUFFile) -> StepBytes:
+        matrices = {name: info.nbytes for name, info in gguf.tensors.items() if len(info.shape) > 1}
+        if "output.weight" in matrices:
+            matrices.pop("token_embd.weight", None)
+        gated = any(".ffn_gate." in name for name in matrices)
+        gate = sum(size for name, size in matrices.items() if (".ffn_gate." if gated else ".ffn_up.") in name)
+        ffn = sum(size for name, size in matrices.items() if ".ffn_" in name)
+        return cls(sum(matrices.values()) - ffn, gate, ffn - gate)
+
+    @property
+    def dense(self) -> int:
+        """What a step of the whole model reads."""
+        return self.other + self.gate + self.rest
+
+    def needed(self, method: str, density: float) -> float:
+        """An estimate of what a step of `method` needs: the FFN scaled by density, the gate whole where it predicts.
+
+        It goes by the file's types: the sparse path's own copy of `down` may be larger. A predictor
+        with weights of its own is not counted.
+        """
+        if method == "dense":
+            return self.dense
+        if method in WHOLE_GATE:
+            return self.other + self.gate + density * self.rest
+        return self.other + density * (self.gate + self.rest)

@@ -1,0 +1,153 @@
+// What crosses the C ABI: plain structs that ctypes mirrors (binding.py), one for each kind of step.
+//
+// A step is one operation on buffers that the caller owns. Sizes that change from one run of a
+// recorded program to the next (the position, the number of active neurons) are read through
+// pointers when the step runs.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+struct pinfer_matrix {
+    const uint8_t* blocks;
+    int64_t row_stride;  // bytes from one row to the next
+    int64_t rows, columns;
+    int32_t type;  // GGUF's number
+};
+
+enum pinfer_kind : int32_t {
+    PINFER_DEQUANTIZE,
+    PINFER_EMBED,
+    PINFER_MATMUL,
+    PINFER_SELECT_ACTIVE,
+    PINFER_SPARSE_FFN,
+    PINFER_INPUT_SPARSE,
+    PINFER_RMS_NORM,
+    PINFER_ADD,
+    PINFER_GLU,
+    PINFER_ROPE,
+    PINFER_ATTENTION,
+    PINFER_TALLY,
+    PINFER_KINDS,
+};
+
+struct pinfer_step {
+    int32_t kind;
+    const void* arguments;  // the struct below that belongs to the kind
+};
+
+// out [rows, columns] = the weights
+struct pinfer_dequantize_arguments {
+    pinfer_matrix w;
+    float* out;
+};
+
+// out [tokens, columns] = scale * rows of w named by ids
+struct pinfer_embed_arguments {
+    pinfer_matrix w;
+    const int64_t* ids;
+    int64_t tokens;
+    float scale;
+    float* out;
+};
+
+// y [tokens, rows] = x [tokens, columns] · wᵀ
+struct pinfer_matmul_arguments {
+    pinfer_matrix w;
+    const float* x;
+    int64_t tokens;
+    int32_t int8;  // round x to int8 in blocks
+    float* y;
+    uint8_t* scratch;  // pinfer_scratch_bytes(tokens, columns), 64-aligned
+};
+
+// indices: ascending n with scores[t, n] above threshold[n * stride], or NaN, for some t; count: how many
+struct pinfer_select_arguments {
+    const float* scores;
+    int64_t tokens, neurons;
+    const float* threshold;
+    int64_t threshold_stride;
+    int32_t* indices;
+    int32_t* count;
+};
+
+// y [tokens, D] = Σ over listed neurons n of act(g_n) · (up_n · x) · down_n
+struct pinfer_sparse_ffn_arguments {
+    pinfer_matrix gate, up, down;  // up.blocks is null for an ungated FFN
+    const float* x;
+    int64_t tokens;
+    const int32_t* indices;
+    const int32_t* count;
+    const uint8_t* mask;       // [tokens, N] or null
+    const float* gate_values;  // [tokens, N] or null: gate_n · x where the predictor has made it
+    int32_t activation;
+    int32_t int8;
+    float* y;
+    float* hidden;     // [N, tokens]
+    uint8_t* scratch;  // twice pinfer_scratch_bytes(tokens, D), 64-aligned
+};
+
+// y [tokens, columns of w] = Σ over j with |x_j| > threshold of x_j · w_j
+struct pinfer_input_sparse_arguments {
+    pinfer_matrix w;  // input-major: row j holds what input j adds to every output
+    const float* x;   // [tokens, rows of w]
+    int64_t tokens;
+    const float* threshold;  // [1]
+    float* y;
+    float* hidden;  // [rows of w, tokens]
+};
+
+// y [rows, columns] = x / rms(x) · weight, plus `residual` where it is not null
+struct pinfer_rms_norm_arguments {
+    const float *x, *weight, *residual;
+    int64_t rows, columns;
+    float eps;
+    float* y;
+};
+
+struct pinfer_add_arguments {
+    const float *a, *b;
+    int64_t count;
+    float* y;
+};
+
+// y = act(gate) · up, act(gate) where up is null, |act(gate)| with `magnitude`
+struct pinfer_glu_arguments {
+    const float *gate, *up;
+    int64_t count;
+    int32_t activation, magnitude;
+    float* y;
+};
+
+// y [tokens, heads, head_dim] = x rotated by the angles of positions *start, *start + 1, …
+struct pinfer_rope_arguments {
+    const float* x;
+    const float *cos, *sin;  // [positions, dim / 2]
+    const int64_t* start;
+    int64_t tokens, heads, head_dim, dim;
+    int32_t interleaved;
+    float* y;
+};
+
+// Store keys and values at positions *start …, then y [tokens, heads, head_dim] = attention over all stored.
+struct pinfer_attention_arguments {
+    const float *query, *key, *value;  // [tokens, heads or kv_heads, head_dim]
+    float *keys, *values;              // [kv_heads, context, head_dim]
+    const int64_t* start;
+    int64_t tokens, heads, kv_heads, head_dim, context;
+    int64_t window;  // positions seen, the own included; 0: all
+    float scale;
+    float* y;
+    float* scores;  // [threads, context]
+};
+
+// totals[0] += active (token, neuron) pairs, totals[1] += tokens
+struct pinfer_tally_arguments {
+    const int32_t* count;
+    const uint8_t* mask;  // [tokens, neurons] or null, which makes it tokens · count
+    int64_t tokens, neurons;
+    int64_t* totals;
+};
+
+}  // extern "C"

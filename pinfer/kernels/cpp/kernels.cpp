@@ -1,0 +1,439 @@
+// Every step of the core for one instruction set; compiled once for each PINFER_LEVEL.
+//
+// Results do not depend on the number of threads, bit for bit: work is split over outputs and
+// never over a sum.
+#include "abi.h"
+#include "kernels.h"
+#include "types.h"
+
+namespace pinfer {
+namespace PINFER_NAMESPACE {
+
+constexpr int64_t GEMM_FROM_TOKENS = 6;     // below it, unpacking for each token costs less than a panel
+constexpr int64_t PIECE_BYTES = 32 * 1024;  // of weights handed out at a time
+constexpr int NEURON_PIECE = 32;            // listed neurons handed out at a time
+constexpr int MANY_TOKENS = 16;             // tokens of one sparse pass over the rows
+constexpr int64_t PREFETCH_BYTES = 512;     // of each row ahead; the hardware follows from there
+
+// ---- weights as floats ---------------------------------------------------------------------------
+
+void dequantize(Team& team, const pinfer_dequantize_arguments& a) {
+    const Type& type = type_of(a.w.type);
+    team.share(a.w.rows, 4, [&](int64_t first, int64_t last) {
+        for (int64_t r = first; r < last; ++r)
+            type.unpack(a.w.blocks + r * a.w.row_stride, a.w.columns, a.out + r * a.w.columns);
+    });
+    team.barrier();
+}
+
+void embed(Team& team, const pinfer_embed_arguments& a) {
+    const Type& type = type_of(a.w.type);
+    team.share(a.tokens, 1, [&](int64_t first, int64_t last) {
+        for (int64_t t = first; t < last; ++t) {
+            float* out = a.out + t * a.w.columns;
+            type.unpack(a.w.blocks + a.ids[t] * a.w.row_stride, a.w.columns, out);
+            for (int64_t i = 0; i < a.w.columns; ++i) out[i] *= a.scale;
+        }
+    });
+    team.barrier();
+}
+
+// ---- x · wᵀ ----------------------------------------------------------------------------------------
+
+// The activations that dots are taken with: packed for a type where they are rounded, else as they are.
+struct Inputs {
+    const float* x;
+    const uint8_t* packed;  // null: floats
+    int64_t tokens;
+};
+
+// Rounds and packs the tokens for w's type; pieces go to the threads. Floats stay where it has no int8 dots.
+inline Inputs pack_tokens(Team& team, const pinfer_matrix& w, const float* x, int64_t tokens, bool int8, uint8_t* out) {
+    const Type& type = type_of(w.type);
+    if (!int8 || !type.pack) return {x, nullptr, tokens};
+    const int64_t chunks = (w.columns + type.chunk - 1) / type.chunk, stride = type.pack_bytes(w.columns);
+    team.share(tokens * chunks, larger<int64_t>(2048 / type.chunk, 1), [&](int64_t first, int64_t last) {
+        for (int64_t at = first; at < last;) {
+            const int64_t t = at / chunks, from = at % chunks, to = smaller(chunks, from + (last - at));
+            type.pack(x + t * w.columns, w.columns, from, to, out + t * stride);
+            at += to - from;
+        }
+    });
+    team.barrier();
+    return {x, out, tokens};
+}
+
+// Dots of rows `index(k)` for k in [first, last) with every token: visit(k, token, dot).
+template <class Index, class Visit>
+inline void dot_rows(const pinfer_matrix& w, const Inputs& in, int64_t first, int64_t last, Index index, Visit visit) {
+    const Type& type = type_of(w.type);
+    const int64_t stride = in.packed ? type.pack_bytes(w.columns) : 0;
+    for (int64_t k = first; k < last; k += R) {
+        const uint8_t* rows[R];
+        for (int r = 0; r < R; ++r) rows[r] = w.blocks + index(smaller(k + r, last - 1)) * w.row_stride;
+        if (k + R < last) {
+            for (int r = 0; r < R; ++r) {
+                const uint8_t* ahead = w.blocks + index(smaller(k + R + r, last - 1)) * w.row_stride;
+                for (int64_t i = 0; i < PREFETCH_BYTES; i += 64) prefetch(ahead + i);
+            }
+        }
+        for (int64_t t = 0; t < in.tokens; ++t) {
+            float dots[R];
+            if (in.packed) type.dot_packed(rows, w.columns, in.packed + t * stride, dots);
+            else type.dot_float(rows, w.columns, in.x + t * w.columns, dots);
+            for (int r = 0; r < R && k + r < last; ++r) visit(k + r, t, dots[r]);
+        }
+    }
+}
+
+void matmul(Team& team, const pinfer_matmul_arguments& a) {
+    const pinfer_matrix& w = a.w;
+    const Type& type = type_of(w.type);
+    if (a.int8 && type.gemm && a.tokens >= GEMM_FROM_TOKENS) return type.gemm(team, a);
+    const Inputs in = pack_tokens(team, w, a.x, a.tokens, a.int8, a.scratch);
+    const int64_t row_bytes = larger<int64_t>(w.row_stride, 1);
+    const int64_t fair = smaller(PIECE_BYTES / row_bytes, w.rows / (8 * team.size));
+    team.share(w.rows, larger<int64_t>(fair / R * R, R), [&](int64_t first, int64_t last) {
+        dot_rows(w, in, first, last, [](int64_t k) { return k; },
+                 [&](int64_t k, int64_t t, float dot) { a.y[t * w.rows + k] = dot; });
+    });
+    team.barrier();
+}
+
+// ---- the sparse FFN --------------------------------------------------------------------------------
+
+void select_active(Team& team, const pinfer_select_arguments& a) {
+    if (team.id == 0) {
+        int32_t count = 0;
+        int64_t n = 0;
+#if PINFER_LEVEL == 512
+        if (a.tokens == 1) {
+            for (; n + 16 <= a.neurons; n += 16) {
+                const __m512 limit = a.threshold_stride ? _mm512_loadu_ps(a.threshold + n) : _mm512_set1_ps(*a.threshold);
+                const __mmask16 on = _mm512_cmp_ps_mask(_mm512_loadu_ps(a.scores + n), limit, _CMP_NLE_UQ);
+                const __m512i numbers = _mm512_add_epi32(
+                    _mm512_set1_epi32(int(n)), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+                _mm512_mask_compressstoreu_epi32(a.indices + count, on, numbers);
+                count += __builtin_popcount(on);
+            }
+        }
+#endif
+        for (; n < a.neurons; ++n) {
+            bool active = false;
+            for (int64_t t = 0; t < a.tokens; ++t)
+                active |= !(a.scores[t * a.neurons + n] <= a.threshold[n * a.threshold_stride]);
+            a.indices[count] = int32_t(n);  // overwritten unless active
+            count += active;
+        }
+        *a.count = count;
+    }
+    team.barrier();
+}
+
+// y [tokens, columns] = Σ over k < count of hidden[k, t] · row index(k) of w; zeros are skipped, and
+// every element adds its rows in the order of k, four at a time.
+template <class Index>
+inline void add_rows(Team& team, const pinfer_matrix& w, const float* hidden, int64_t tokens, int64_t count,
+                     float* y, Index index) {
+    const Type& type = type_of(w.type);
+    // Pieces of whole blocks, long enough that a row's part is worth its first miss.
+    const int64_t pieces = larger<int64_t>(1, smaller<int64_t>(w.columns / 1024, team.size == 1 ? 1 : 2 * team.size));
+    const int64_t width = (w.columns / pieces + RUN - 1) / RUN * RUN;
+    team.share(w.columns, width, [&](int64_t from, int64_t to) {
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t i = from; i < to; ++i) y[t * w.columns + i] = 0;
+        const int64_t offset = from / type.size * type.bytes;
+        const int64_t bytes = (to - from) / type.size * type.bytes;
+        float h[R * MANY_TOKENS];
+        const uint8_t *rows[R], *ready[R];
+        int held = 0;
+        // Four rows are collected, asked for, and added one group later.
+        float late[R * MANY_TOKENS];
+        bool waiting = false;
+        auto add_late = [&] {
+            if (tokens == 1) type.add_rows(ready, late, to - from, y + from);
+            else type.add_rows_to_many(ready, late, tokens, to - from, y + from, w.columns);
+        };
+        auto turn = [&] {
+            for (int r = 0; r < R; ++r)
+                for (int64_t i = 0; i < smaller(PREFETCH_BYTES, bytes); i += 64) prefetch(rows[r] + i);
+            if (waiting) add_late();
+            for (int r = 0; r < R; ++r) ready[r] = rows[r];
+            std::memcpy(late, h, sizeof(float) * size_t(R * tokens));
+            waiting = true;
+            held = 0;
+        };
+        for (int64_t k = 0; k < count; ++k) {
+            const float* values = hidden + k * tokens;
+            bool any = false;
+            for (int64_t t = 0; t < tokens; ++t) any |= values[t] != 0;
+            if (!any) continue;
+            rows[held] = w.blocks + index(k) * w.row_stride + offset;
+            std::memcpy(h + held * tokens, values, sizeof(float) * size_t(tokens));
+            if (++held == R) turn();
+        }
+        if (held) {
+            for (int r = held; r < R; ++r) {
+                rows[r] = rows[held - 1];
+                for (int64_t t = 0; t < tokens; ++t) h[r * tokens + t] = 0;
+            }
+            turn();
+        }
+        if (waiting) add_late();
+    });
+    team.barrier();
+}
+
+// Gate, activation and up of listed neurons [first, last), at most NEURON_PIECE of them; survivors
+// alone read their up rows.
+void hidden_values(const pinfer_sparse_ffn_arguments& a, const Inputs& gate_in, const Inputs& up_in, int64_t first,
+                   int64_t last) {
+    const int64_t T = a.tokens, N = a.gate.rows;
+    const auto listed = [&](int64_t k) { return int64_t(a.indices[k]); };
+    const auto put = [&](int64_t k, int64_t t, float g) {
+        const bool wanted = !a.mask || a.mask[t * N + listed(k)];
+        a.hidden[k * T + t] = wanted ? activate(a.activation, g) : 0.0f;
+    };
+    if (a.gate_values) {
+        for (int64_t k = first; k < last; ++k)
+            for (int64_t t = 0; t < T; ++t) put(k, t, a.gate_values[t * N + listed(k)]);
+    } else {
+        dot_rows(a.gate, gate_in, first, last, listed, put);
+    }
+    if (!a.up.blocks) return;
+    int32_t alive[NEURON_PIECE];
+    int64_t count = 0;
+    for (int64_t k = first; k < last; ++k) {
+        bool any = false;
+        for (int64_t t = 0; t < T; ++t) any |= a.hidden[k * T + t] != 0;
+        alive[count] = int32_t(k);
+        count += any;
+    }
+    dot_rows(
+        a.up, up_in, 0, count, [&](int64_t i) { return int64_t(a.indices[alive[i]]); },
+        [&](int64_t i, int64_t t, float u) {
+            float& h = a.hidden[alive[i] * T + t];
+            if (h != 0) h *= u;  // a neuron that does not count must not become NaN
+        });
+}
+
+void sparse_ffn(Team& team, const pinfer_sparse_ffn_arguments& a) {
+    const int64_t count = *a.count;
+    Inputs gate_in{a.x, nullptr, a.tokens}, up_in = gate_in;
+    if (!a.gate_values) gate_in = pack_tokens(team, a.gate, a.x, a.tokens, a.int8, a.scratch);
+    if (a.up.blocks) {
+        uint8_t* second = a.scratch + pinfer_scratch_bytes(a.tokens, a.gate.columns);
+        const bool shared = !a.gate_values && a.up.type == a.gate.type;
+        up_in = shared ? gate_in : pack_tokens(team, a.up, a.x, a.tokens, a.int8, second);
+    }
+    team.share(count, NEURON_PIECE,
+               [&](int64_t first, int64_t last) { hidden_values(a, gate_in, up_in, first, last); });
+    team.barrier();
+    add_rows(team, a.down, a.hidden, a.tokens, count, a.y, [&](int64_t k) { return int64_t(a.indices[k]); });
+}
+
+void input_sparse(Team& team, const pinfer_input_sparse_arguments& a) {
+    const int64_t inputs = a.w.rows;
+    const float threshold = *a.threshold;
+    team.share(inputs, 4096, [&](int64_t first, int64_t last) {
+        for (int64_t j = first; j < last; ++j)
+            for (int64_t t = 0; t < a.tokens; ++t) {
+                const float v = a.x[t * inputs + j];
+                a.hidden[j * a.tokens + t] = __builtin_fabsf(v) <= threshold ? 0.0f : v;  // NaN passes
+            }
+    });
+    team.barrier();
+    add_rows(team, a.w, a.hidden, a.tokens, inputs, a.y, [](int64_t j) { return j; });
+}
+
+void tally(Team& team, const pinfer_tally_arguments& a) {
+    if (team.id == 0) {
+        int64_t active = int64_t(*a.count) * a.tokens;
+        if (a.mask) {
+            active = 0;
+            for (int64_t i = 0; i < a.tokens * a.neurons; ++i) active += a.mask[i];
+        }
+        a.totals[0] += active;
+        a.totals[1] += a.tokens;
+    }
+    team.barrier();
+}
+
+// ---- elementwise, norm, rotary embedding -----------------------------------------------------------
+
+void rms_norm(Team& team, const pinfer_rms_norm_arguments& a) {
+    team.share(a.rows, 1, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; ++row) {
+            const float* x = a.x + row * a.columns;
+            const float* residual = a.residual ? a.residual + row * a.columns : nullptr;
+            float* y = a.y + row * a.columns;
+            F32 squares = {};
+            float rest = 0;
+            int64_t i = 0;
+            for (; i + LANES <= a.columns; i += LANES) {
+                const F32 v = load<F32>(x + i);
+                squares += v * v;
+            }
+            for (; i < a.columns; ++i) rest += x[i] * x[i];
+            const float factor = 1.0f / __builtin_sqrtf((sum(squares) + rest) / float(a.columns) + a.eps);
+            for (i = 0; i < a.columns; ++i) y[i] = x[i] * factor * a.weight[i] + (residual ? residual[i] : 0.0f);
+        }
+    });
+    team.barrier();
+}
+
+// body(first, last) over elements; a few thousand stay with one thread.
+template <class Body>
+inline void elementwise(Team& team, int64_t count, Body body) {
+    team.share(count, 8192, body);
+    team.barrier();
+}
+
+void add(Team& team, const pinfer_add_arguments& a) {
+    elementwise(team, a.count, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) a.y[i] = a.a[i] + a.b[i];
+    });
+}
+
+void glu(Team& team, const pinfer_glu_arguments& a) {
+    elementwise(team, a.count, [&](int64_t first, int64_t last) {
+        int64_t i = first;
+        for (; i + LANES <= last; i += LANES) {
+            F32 v = activate(a.activation, load<F32>(a.gate + i));
+            if (a.magnitude) v = v < 0.0f ? -v : v;
+            if (a.up) v *= load<F32>(a.up + i);
+            store(a.y + i, v);
+        }
+        for (; i < last; ++i) {
+            float v = activate(a.activation, a.gate[i]);
+            if (a.magnitude) v = __builtin_fabsf(v);
+            a.y[i] = a.up ? v * a.up[i] : v;
+        }
+    });
+}
+
+void rope(Team& team, const pinfer_rope_arguments& a) {
+    const int64_t half = a.dim / 2, start = *a.start;
+    team.share(a.tokens, 4, [&](int64_t first, int64_t last) {
+        for (int64_t t = first; t < last; ++t) {
+            const float *cos = a.cos + (start + t) * half, *sin = a.sin + (start + t) * half;
+            for (int64_t h = 0; h < a.heads; ++h) {
+                const float* x = a.x + (t * a.heads + h) * a.head_dim;
+                float* y = a.y + (t * a.heads + h) * a.head_dim;
+                for (int64_t i = 0; i < half; ++i) {
+                    const int64_t p = a.interleaved ? 2 * i : i, q = a.interleaved ? 2 * i + 1 : i + half;
+                    const float u = x[p], v = x[q];
+                    y[p] = u * cos[i] - v * sin[i];
+                    y[q] = u * sin[i] + v * cos[i];
+                }
+                for (int64_t i = a.dim; i < a.head_dim; ++i) y[i] = x[i];
+            }
+        }
+    });
+    team.barrier();
+}
+
+// ---- attention ---------------------------------------------------------------------------------------
+
+// scores [count], padded with room for LANES more, become their softmax.
+inline void softmax(float* scores, int64_t count) {
+    float peak = scores[0];
+    for (int64_t j = 1; j < count; ++j) peak = scores[j] > peak ? scores[j] : peak;
+    for (int64_t j = count; j < count + LANES; ++j) scores[j] = -1e30f;
+    F32 total = {};
+    for (int64_t j = 0; j < count; j += LANES) {
+        F32 e = exponential(load<F32>(scores + j) - peak);
+        if (j + LANES > count)
+            for (int i = int(count - j); i < LANES; ++i) e[i] = 0;
+        store(scores + j, e);
+        total += e;
+    }
+    const float inverse = 1.0f / sum(total);
+    for (int64_t j = 0; j < count; ++j) scores[j] *= inverse;
+}
+
+void attend(const pinfer_attention_arguments& a, int64_t t, int64_t head, int64_t seen, float* scores) {
+    const int64_t d = a.head_dim, first = a.window && seen > a.window ? seen - a.window : 0, count = seen - first;
+    const int64_t base = (head / (a.heads / a.kv_heads) * a.context + first) * d;
+    const auto *keys = reinterpret_cast<const uint8_t*>(a.keys + base), *values = reinterpret_cast<const uint8_t*>(a.values + base);
+    const float* query = a.query + (t * a.heads + head) * d;
+    float* y = a.y + (t * a.heads + head) * d;
+    const uint8_t* rows[R];
+    const auto point = [&](const uint8_t* base_row, int64_t j) {
+        for (int r = 0; r < R; ++r) rows[r] = base_row + smaller(j + r, count - 1) * d * 4;
+    };
+    for (int64_t j = 0; j < count; j += R) {
+        float dots[R];
+        point(keys, j);
+        dot_float<Float32, R>(rows, d, query, dots);
+        for (int r = 0; r < R && j + r < count; ++r) scores[j + r] = dots[r] * a.scale;
+    }
+    softmax(scores, count);
+    for (int64_t i = 0; i < d; ++i) y[i] = 0;
+    for (int64_t j = 0; j < count; j += R) {
+        float h[R];
+        for (int r = 0; r < R; ++r) h[r] = j + r < count ? scores[j + r] : 0.0f;
+        point(values, j);
+        add_four_rows<Float32>(rows, h, d, y);
+    }
+}
+
+void attention(Team& team, const pinfer_attention_arguments& a) {
+    const int64_t start = *a.start, d = a.head_dim;
+    team.share(a.tokens * a.kv_heads, 8, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+            const int64_t t = i / a.kv_heads, h = i % a.kv_heads, to = (h * a.context + start + t) * d;
+            std::memcpy(a.keys + to, a.key + i * d, sizeof(float) * size_t(d));
+            std::memcpy(a.values + to, a.value + i * d, sizeof(float) * size_t(d));
+        }
+    });
+    team.barrier();
+    float* scores = a.scores + team.id * (a.context + 64);
+    team.share(a.tokens * a.heads, 1, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) attend(a, i / a.heads, i % a.heads, start + i / a.heads + 1, scores);
+    });
+    team.barrier();
+}
+
+// ---- the table -----------------------------------------------------------------------------------------
+
+template <class Arguments, void (*RUN_STEP)(Team&, const Arguments&)>
+void erased(Team& team, const void* arguments) {
+    RUN_STEP(team, *static_cast<const Arguments*>(arguments));
+}
+
+uint64_t read_all(const uint8_t* p, int64_t count) {
+    typedef uint64_t Words __attribute__((vector_size(BYTES)));
+    Words total[4] = {};
+    for (int64_t i = 0; i + 4 * BYTES <= count; i += 4 * BYTES)
+        for (int j = 0; j < 4; ++j) total[j] += load<Words>(p + i + j * BYTES);
+    const Words all = total[0] + total[1] + total[2] + total[3];
+    uint64_t out = 0;
+    for (int i = 0; i < BYTES / 8; ++i) out += all[i];
+    return out;
+}
+
+bool knows(int32_t type) { return type_of(type).size != 0; }
+
+extern const Kernels TABLE;
+const Kernels TABLE = {
+    {
+        erased<pinfer_dequantize_arguments, dequantize>,
+        erased<pinfer_embed_arguments, embed>,
+        erased<pinfer_matmul_arguments, matmul>,
+        erased<pinfer_select_arguments, select_active>,
+        erased<pinfer_sparse_ffn_arguments, sparse_ffn>,
+        erased<pinfer_input_sparse_arguments, input_sparse>,
+        erased<pinfer_rms_norm_arguments, rms_norm>,
+        erased<pinfer_add_arguments, add>,
+        erased<pinfer_glu_arguments, glu>,
+        erased<pinfer_rope_arguments, rope>,
+        erased<pinfer_attention_arguments, attention>,
+        erased<pinfer_tally_arguments, tally>,
+    },
+    knows,
+    read_all,
+};
+
+}  // namespace PINFER_NAMESPACE
+}  // namespace pinfer

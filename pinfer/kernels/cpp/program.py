@@ -1,0 +1,90 @@
+"""Programs: a sequence of ops recorded once and repeated in one call, one wake-up of the threads for all of it.
+
+The ops of a decode step are the same for every token; what differs (token id, position, active
+counts) lies in memory. So one step is run as usual while its calls into the core are noted, and
+later ones repeat those calls without Python or torch, as a CUDA graph does on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pinfer.kernels.cpp.binding import Arguments, listening, steps
+from pinfer.kernels.cpp.build import load_core
+from pinfer.kernels.registry import Op, observe_ops
+
+# Torch operations that compute nothing: they make views or memory that the core fills.
+_HARMLESS = {
+    "alias", "as_strided", "detach", "empty", "expand", "permute", "select", "slice", "split", "squeeze", "t",
+    "transpose", "unbind", "unsqueeze", "view", "_unsafe_view", "_reshape_alias",
+}  # fmt: skip
+
+
+class NotRecordable(RuntimeError):
+    """Something was computed outside the core, which a program would not repeat; the message names it."""
+
+
+class Program:
+    """Calls into the core in the order they were recorded, with the memory they use."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._arguments: list[Arguments] = []
+        self._kept: list[tuple[object, ...]] = []
+        self._steps: Any = None
+
+    def __len__(self) -> int:
+        return len(self._arguments)
+
+    def append(self, arguments: Arguments, kept: tuple[object, ...]) -> None:
+        """Add a call whose pointers name memory that the objects of `kept` own."""
+        self._arguments.append(arguments)
+        self._kept.append(kept)
+        self._steps = None
+
+    def run(self) -> None:
+        """Repeat every call, writing the same memory."""
+        if self._steps is None:
+            self._steps = steps(self._arguments)
+        load_core().pinfer_run(self._steps, len(self._arguments), self.threads)
+
+
+class _Watch(TorchDispatchMode):
+    """Raises NotRecordable for torch arithmetic outside of ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside_op = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not self.inside_op and name not in _HARMLESS:
+            raise NotRecordable(f"torch's {name} is no op of the registry")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def record(threads: int) -> Iterator[Program]:
+    """The ops of the block, which run as usual, as a Program for `threads` threads.
+
+    NotRecordable if torch computes anything outside of ops, or if an op does not run on the core.
+    """
+    program, watch = Program(threads), _Watch()
+
+    @contextmanager
+    def inside(op: Op) -> Iterator[None]:
+        before = len(program)
+        watch.inside_op = True
+        try:
+            yield
+        finally:
+            watch.inside_op = False
+        if len(program) == before:
+            raise NotRecordable(f"op {op.name} did not run on the core")
+
+    with listening(program.append), observe_ops(inside), watch:
+        yield program

@@ -1,0 +1,269 @@
+// One vocabulary of vectors for three instruction sets. LEVEL is 0 (portable), 2 (AVX2) or 512
+// (AVX-512 with VNNI); the widths differ, the code above does not.
+//
+// A vector of quants has BYTES bytes. Its dot product with as many int8 has LANES 32-bit lanes of
+// four neighbours each, so a piece of 16 bytes fills 4 lanes and belongs to one scale.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if PINFER_LEVEL >= 2
+#include <immintrin.h>
+#elif defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
+namespace pinfer {
+namespace PINFER_NAMESPACE {
+
+#if PINFER_LEVEL == 512
+constexpr int BYTES = 64;
+#elif PINFER_LEVEL == 2
+constexpr int BYTES = 32;
+#else
+constexpr int BYTES = 16;
+#endif
+constexpr int LANES = BYTES / 4, PIECES = BYTES / 16;
+
+typedef uint8_t U8 __attribute__((vector_size(BYTES)));
+typedef int8_t S8 __attribute__((vector_size(BYTES)));
+typedef uint16_t U16 __attribute__((vector_size(BYTES)));
+typedef int32_t I32 __attribute__((vector_size(BYTES)));
+typedef float F32 __attribute__((vector_size(BYTES)));
+typedef int16_t Groups __attribute__((vector_size(32)));  // one int16 for each 16 of 256 weights
+typedef float F8 __attribute__((vector_size(32)));
+
+template <class V>
+inline V load(const void* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class V>
+inline void store(void* p, V v) {
+    std::memcpy(p, &v, sizeof v);
+}
+
+inline F32 splat(float v) { return v - F32{}; }
+inline I32 splat(int32_t v) { return v - I32{}; }
+inline U8 splat8(uint8_t v) { return v - U8{}; }
+inline F32 to_float(I32 v) { return __builtin_convertvector(v, F32); }
+
+template <class N>
+inline N smaller(N a, N b) { return b < a ? b : a; }
+template <class N>
+inline N larger(N a, N b) { return a < b ? b : a; }
+
+inline float sum(F32 v) {
+#if PINFER_LEVEL == 512
+    const F8 half = F8((__m256)_mm512_castps512_ps256((__m512)v)) + F8(_mm512_extractf32x8_ps((__m512)v, 1));
+    return ((half[0] + half[4]) + (half[1] + half[5])) + ((half[2] + half[6]) + (half[3] + half[7]));
+#else
+    float total = 0;
+    for (int i = 0; i < LANES; ++i) total += v[i];
+    return total;
+#endif
+}
+inline float sum8(F8 v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// An fp16 number; the hardware's conversion where there is one.
+inline float half_at(const uint8_t* p) {
+    uint16_t bits;
+    std::memcpy(&bits, p, 2);
+#if PINFER_LEVEL >= 2
+    return _cvtsh_ss(bits);
+#else
+    const uint32_t magnitude = bits & 0x7fffu;
+    uint32_t out = magnitude << 13;
+    float value;
+    std::memcpy(&value, &out, 4);
+    value *= 0x1p112f;  // rebiases the exponent, subnormals included
+    std::memcpy(&out, &value, 4);
+    if (magnitude >= 0x7c00u) out = (magnitude << 13) | 0x7f800000u;
+    out |= uint32_t(bits & 0x8000u) << 16;
+    std::memcpy(&value, &out, 4);
+    return value;
+#endif
+}
+
+// LANES floats from as many halves.
+inline F32 halves_at(const uint8_t* p) {
+#if PINFER_LEVEL == 512
+    return (F32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif PINFER_LEVEL == 2
+    return (F32)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+    F32 v;
+    for (int i = 0; i < LANES; ++i) v[i] = half_at(p + 2 * i);
+    return v;
+#endif
+}
+
+// LANES floats from as many bfloat16 numbers.
+inline F32 bfloats_at(const uint8_t* p) {
+#if PINFER_LEVEL == 512
+    return (F32)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif PINFER_LEVEL == 2
+    return (F32)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+    F32 v;
+    for (int i = 0; i < LANES; ++i) {
+        uint16_t bits;
+        std::memcpy(&bits, p + 2 * i, 2);
+        const uint32_t wide = uint32_t(bits) << 16;
+        float value;
+        std::memcpy(&value, &wide, 4);
+        v[i] = value;
+    }
+    return v;
+#endif
+}
+
+// LANES floats from as many int8.
+inline F32 int8s_at(const uint8_t* p) {
+#if PINFER_LEVEL == 512
+    return (F32)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif PINFER_LEVEL == 2
+    return (F32)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    F32 v;
+    for (int i = 0; i < LANES; ++i) v[i] = float(int8_t(p[i]));
+    return v;
+#endif
+}
+
+// Dot products of four neighbours, quants times int8. Quants below 128 may be given as either sign;
+// only VNNI takes them up to 255, which is why Q8_0 is offset there and signed elsewhere.
+#if PINFER_LEVEL == 512
+constexpr int Q8_OFFSET = 128;
+inline I32 dot4(I32 sum, U8 w, S8 x) { return (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x); }
+#elif PINFER_LEVEL == 2
+constexpr int Q8_OFFSET = 0;
+inline I32 dot4(I32 sum, U8 w, S8 x) {
+    const __m256i products = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)x), _mm256_sign_epi8((__m256i)w, (__m256i)x));
+    return sum + (I32)_mm256_madd_epi16(products, _mm256_set1_epi16(1));
+}
+#else
+constexpr int Q8_OFFSET = 0;
+inline I32 dot4(I32 sum, U8 w, S8 x) {
+    const S8 s = (S8)w;
+    for (int i = 0; i < LANES; ++i)
+        sum[i] += s[4 * i] * x[4 * i] + s[4 * i + 1] * x[4 * i + 1] + s[4 * i + 2] * x[4 * i + 2] + s[4 * i + 3] * x[4 * i + 3];
+    return sum;
+}
+#endif
+
+// sum + a · scale in each lane; both must fit int16, and the scale's upper half must be zero.
+inline I32 scale_add(I32 sum, I32 a, I32 scale) {
+#if PINFER_LEVEL == 512
+    return (I32)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)scale);
+#elif PINFER_LEVEL == 2
+    return sum + (I32)_mm256_madd_epi16((__m256i)a, (__m256i)scale);
+#else
+    for (int i = 0; i < LANES; ++i) sum[i] += a[i] * int16_t(scale[i]);
+    return sum;
+#endif
+}
+
+// Σ over neighbouring pairs, as floats: the part of a K-quant that its minima or offset take away.
+inline F8 pair_sums(Groups a, Groups b) {
+#if PINFER_LEVEL >= 2
+    return (F8)_mm256_cvtepi32_ps(_mm256_madd_epi16((__m256i)a, (__m256i)b));
+#else
+    F8 v;
+    for (int i = 0; i < 8; ++i) v[i] = float(int(a[2 * i]) * b[2 * i] + int(a[2 * i + 1]) * b[2 * i + 1]);
+    return v;
+#endif
+}
+
+// 16 bytes from each of p, p + stride, …, side by side.
+template <int STRIDE>
+inline U8 pieces_at(const uint8_t* p) {
+#if PINFER_LEVEL == 512
+    __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p));
+    v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(p + STRIDE)), 1);
+    v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(p + 2 * STRIDE)), 2);
+    return (U8)_mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(p + 3 * STRIDE)), 3);
+#elif PINFER_LEVEL == 2
+    const __m256i v = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)p));
+    return (U8)_mm256_inserti128_si256(v, _mm_loadu_si128((const __m128i*)(p + STRIDE)), 1);
+#else
+    return load<U8>(p);
+#endif
+}
+
+// The halves at p, p + stride, …, one for every PER pieces, over the lanes of those pieces.
+template <int STRIDE, int PER = 1>
+inline F32 scales_at(const uint8_t* p) {
+    [[maybe_unused]] constexpr int COUNT = PIECES / PER;
+#if PINFER_LEVEL == 512
+    if constexpr (STRIDE % 2 == 0 && (COUNT - 1) * STRIDE + 2 <= 64 && COUNT * STRIDE >= 64) {
+        // One load covers them all; the chunk has at least as many bytes.
+        constexpr int W = STRIDE / 2;
+        alignas(64) static constexpr uint16_t AT[32] = {
+            0,           0,           0,           0,           (1 / PER) * W, (1 / PER) * W, (1 / PER) * W, (1 / PER) * W,
+            (2 / PER) * W, (2 / PER) * W, (2 / PER) * W, (2 / PER) * W, (3 / PER) * W, (3 / PER) * W, (3 / PER) * W, (3 / PER) * W};
+        const __m512i words = _mm512_permutexvar_epi16(_mm512_load_si512(AT), _mm512_loadu_si512(p));
+        return (F32)_mm512_cvtph_ps(_mm512_castsi512_si256(words));
+    }
+#endif
+#if PINFER_LEVEL >= 2
+    uint64_t bits = 0;
+    for (int i = 0; i < COUNT; ++i) {
+        uint16_t half;
+        std::memcpy(&half, p + i * STRIDE, 2);
+        bits |= uint64_t(half) << (16 * i);
+    }
+    const __m128 wide = _mm_cvtph_ps(_mm_cvtsi64_si128(int64_t(bits)));
+#if PINFER_LEVEL == 512
+    const __m512i lanes = _mm512_set_epi32(
+        3 / PER, 3 / PER, 3 / PER, 3 / PER, 2 / PER, 2 / PER, 2 / PER, 2 / PER, 1 / PER, 1 / PER, 1 / PER, 1 / PER, 0, 0, 0, 0);
+    return (F32)_mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(wide));
+#else
+    const __m256i lanes = _mm256_set_epi32(1 / PER, 1 / PER, 1 / PER, 1 / PER, 0, 0, 0, 0);
+    return (F32)_mm256_permutevar8x32_ps(_mm256_castps128_ps256(wide), lanes);
+#endif
+#else
+    return splat(half_at(p));
+#endif
+}
+
+// exp, to about 2 units in the last place (Cody and Waite's reduction, a polynomial of degree 6).
+inline F32 exponential(F32 x) {
+    x = x < -87.3f ? splat(-87.3f) : x;  // NaN passes through both
+    x = x > 88.3f ? splat(88.3f) : x;
+    const F32 magic = splat(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer
+    const F32 shifted = x * 1.44269504f + magic;
+    const F32 n = shifted - magic;
+    const F32 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    F32 p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const I32 power = ((I32)shifted - 0x4B400000 + 127) << 23;
+    return p * (F32)power;
+}
+
+enum Activation { SILU = 0, GELU_TANH = 1, RELU = 2, RELU2 = 3 };
+
+inline F32 activate(int kind, F32 g) {
+    const F32 zero = {};
+    switch (kind) {
+        case SILU: return g / (1.0f + exponential(-g));
+        // 0.5 (1 + tanh z) = 1 / (1 + exp(-2 z))
+        case GELU_TANH: return g / (1.0f + exponential(g * -1.5957691216057308f * (1.0f + 0.044715f * g * g)));
+        // NaN passes through: it must not look like an inactive neuron.
+        case RELU: return g < zero ? zero : g;
+        default: return g < zero ? zero : g * g;
+    }
+}
+inline float activate(int kind, float g) { return activate(kind, splat(g))[0]; }
+
+}  // namespace PINFER_NAMESPACE
+}  // namespace pinfer
