@@ -16,6 +16,7 @@ RopeStyle = Literal["interleaved", "halves"]
 Method = Literal["auto", "dense", "exact", "gate_threshold", "low_rank"]
 Backend = Literal["auto", "reference", "cpu", "triton"]
 Precision = Literal["auto", "float32", "int8"]
+Numa = Literal["none", "distribute", "isolate"]
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ class RunConfig:
     None is the model's own limit or 4096, whichever is less, and 0 the model's limit. `activation`
     overrides the file's, for ReLU models whose converter had no key for it. `precision` is that of
     activations where they meet quantised weights: `int8` rounds them in blocks, as llama.cpp does;
-    `auto` is int8 on the C++ core, which is fast at it, and float32 elsewhere.
+    `auto` is int8 on the C++ core, which is fast at it, and float32 elsewhere. `numa` places threads
+    and memory (see `engine/cores.py`).
     """
 
     model: str | None = None
@@ -144,6 +146,7 @@ class RunConfig:
     sampling: SamplingConfig = SamplingConfig()
     predictor_rank: int = 128
     recall: float = 0.99
+    numa: Numa = "none"
 
     def __post_init__(self) -> None:
         if self.context is not None:
@@ -161,6 +164,7 @@ class RunConfig:
             "method": get_args(Method),
             "backend": get_args(Backend),
             "precision": get_args(Precision),
+            "numa": get_args(Numa),
             "activation": (None, *get_args(Activation)),
         }
         for name, choices in choices_of.items():

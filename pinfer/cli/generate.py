@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, cast
 
 import typer
 
 from pinfer.cli import options
 from pinfer.cli.console import emit_json, note, read_prompt, size
-from pinfer.config import Activation, Backend, Method, Precision, RunConfig, SamplingConfig
+from pinfer.config import Activation, Backend, Method, Numa, Precision, RunConfig, SamplingConfig
 from pinfer.engine import Engine, Generation, GenerationStats, load_engine
 
 _CPU_ONLY = "this version computes on the CPU alone"
@@ -34,7 +34,9 @@ PenaltyWindow = Annotated[int, typer.Option("--repeat-last-n", help="Tokens the 
 Seed = Annotated[int | None, typer.Option("-s", "--seed", help="Seed of the draws; random if left out.")]
 Stop = Annotated[list[str] | None, typer.Option("-r", "--stop", "--reverse-prompt", help="Stop at this text.")]
 Interactive = Annotated[bool, typer.Option("-i", "--interactive", help="Read prompts line by line.")]
-Numa = Annotated[Literal["none", "distribute", "isolate"], typer.Option("--numa", help="NUMA policy (no effect yet).")]
+NumaOption = Annotated[
+    Numa, typer.Option("--numa", help="Pin threads, and take memory, over all nodes or on this one alone.")
+]
 MethodOption = Annotated[Method, typer.Option("--method", help="Which neurons to compute.")]
 Sparsity = Annotated[
     float | None, typer.Option("--sparsity", help="Share to skip with gate_threshold or low_rank, such as 0.5.")
@@ -57,7 +59,7 @@ def generate(
     gpu_layers: GpuLayers = None,
     gpu_memory_gb: GpuMemory = None,
     threads: Threads = None,
-    numa: Numa = "none",
+    numa: NumaOption = "none",
     temp: Temperature = 0.8,
     top_p: TopP = 0.95,
     top_k: TopK = 40,
@@ -104,12 +106,13 @@ def generate(
         sampling=sampling,
         predictor_rank=predictor_rank,
         recall=recall,
+        numa=numa,
     )
     if n_predict < -1:
         raise ValueError(f"-n must be -1 (until the end of text) or at least 0, not {n_predict}")
     if interactive and json:
         raise ValueError("--json has no meaning with -i")
-    _check_device_flags(predictor_path, gpu_layers, gpu_memory_gb, numa)
+    _check_device_flags(predictor_path, gpu_layers, gpu_memory_gb)
     text = None if interactive and prompt is None and file is None else read_prompt(prompt, file)
     if text is not None and prompt is None:
         text = text.removesuffix("\n")  # an editor's last newline is not meant, as in llama.cpp
@@ -167,9 +170,7 @@ class _Task:
         )
 
 
-def _check_device_flags(
-    predictor_path: str | None, gpu_layers: int | None, gpu_memory_gb: float | None, numa: str
-) -> None:
+def _check_device_flags(predictor_path: str | None, gpu_layers: int | None, gpu_memory_gb: float | None) -> None:
     if predictor_path is not None:
         raise ValueError(
             f"--predictor-path {predictor_path}: solved directories are not supported yet; "
@@ -183,8 +184,6 @@ def _check_device_flags(
         if not 0 <= gpu_memory_gb < float("inf"):
             raise ValueError(f"--gpu-memory-gb must be at least 0, not {gpu_memory_gb:g}")
         note(f"--gpu-memory-gb {gpu_memory_gb:g} has no effect: {_CPU_ONLY}")
-    if numa != "none":
-        note(f"--numa {numa} has no effect yet: memory stays where the system puts it")
 
 
 def _stream(generation: Generation, echo: str | None, color: bool) -> None:

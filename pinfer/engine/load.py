@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from pinfer.config import Method, ModelConfig, RunConfig
+from pinfer.engine.cores import default_threads, place_threads
 from pinfer.engine.prepared import Prepared
 from pinfer.formats.gguf import GGUFFile
 from pinfer.formats.model_config import check_tensors, model_config
@@ -39,7 +40,6 @@ SHIPPED_MODEL = ASSETS / "pinfer-tiny-q8_0.gguf"
 CALIBRATION_TEXT = ASSETS / "calibration.txt"
 
 DEFAULT_CONTEXT = 4096
-ALL_THREADS = torch.get_num_threads()  # the physical cores, or OMP_NUM_THREADS
 # Waking a second thread for each small op costs more than it computes: the shipped model (7.5 MB)
 # decodes at 300 tokens/s on one thread and at 140 on two.
 ONE_THREAD_BELOW_BYTES = 32e6
@@ -99,7 +99,9 @@ def load_engine(run: RunConfig, progress: Callable[[str], None] = lambda _: None
     """
     path = SHIPPED_MODEL if run.model is None else Path(run.model)
     gguf = GGUFFile.open(path)
-    torch.set_num_threads(run.threads or (1 if gguf.nbytes < ONE_THREAD_BELOW_BYTES else ALL_THREADS))
+    threads = run.threads or (1 if gguf.nbytes < ONE_THREAD_BELOW_BYTES else default_threads())
+    threads, remarks = place_threads(run.numa, threads)
+    torch.set_num_threads(threads)
     config = model_config(gguf)
     check_tensors(gguf, config)
     if run.activation is not None:
@@ -116,7 +118,7 @@ def load_engine(run: RunConfig, progress: Callable[[str], None] = lambda _: None
     prepared = Prepared(gguf, config, progress)
     with engine.computing():
         _make_sparse(engine, prepared)
-    return dataclasses.replace(engine, notes=(*prepared.notes, *_notes(engine)))
+    return dataclasses.replace(engine, notes=(*remarks, *prepared.notes, *_notes(engine)))
 
 
 def _context(asked: int | None, config: ModelConfig) -> int:

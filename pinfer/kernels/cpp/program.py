@@ -11,16 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch.utils._python_dispatch import TorchDispatchMode
+import torch
+from torch.overrides import TorchFunctionMode
 
 from pinfer.kernels.cpp.binding import Arguments, listening, steps
 from pinfer.kernels.cpp.build import load_core
 from pinfer.kernels.registry import Op, observe_ops
 
-# Torch operations that compute nothing: they make views or memory that the core fills.
+# Torch calls that compute nothing: they make views, make memory that the core fills, or read a shape.
 _HARMLESS = {
-    "alias", "as_strided", "detach", "empty", "expand", "permute", "select", "slice", "split", "squeeze", "t",
-    "transpose", "unbind", "unsqueeze", "view", "_unsafe_view", "_reshape_alias",
+    "__get__", "__getitem__", "__iter__", "__len__", "data_ptr", "detach", "dim", "empty", "expand", "is_contiguous",
+    "numel", "permute", "select", "size", "split", "squeeze", "stride", "t", "transpose", "unbind", "unsqueeze", "view",
 }  # fmt: skip
 
 
@@ -53,16 +54,21 @@ class Program:
         load_core().pinfer_run(self._steps, len(self._arguments), self.threads)
 
 
-class _Watch(TorchDispatchMode):
-    """Raises NotRecordable for torch arithmetic outside of ops."""
+class _Watch(TorchFunctionMode):
+    """Raises NotRecordable for torch arithmetic outside of ops.
+
+    A dispatch mode would see more, but its first use imports 75 MB of torch's compiler.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.inside_op = False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if not self.inside_op and name not in _HARMLESS:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        # Indexing makes a view only where nothing is gathered.
+        gathers = name == "__getitem__" and any(isinstance(one, torch.Tensor) for one in args[1:])
+        if not self.inside_op and (name not in _HARMLESS or gathers):
             raise NotRecordable(f"torch's {name} is no op of the registry")
         return func(*args, **(kwargs or {}))
 
