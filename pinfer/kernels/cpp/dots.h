@@ -307,8 +307,13 @@ inline void pack(const float* x, int64_t columns, int64_t first, int64_t last, u
 
 // ---- R rows at a time ----------------------------------------------------------------------------
 
+//
+// All read `ahead`, the rows of the next call, into the cache line by line as they go through theirs:
+// gathered rows are pages apart, where the hardware's own prefetching stops.
+
 template <class Type, int R>
-inline void dot_scaled(const uint8_t* const* rows, int64_t columns, const uint8_t* packed, float* out) {
+inline void dot_scaled(const uint8_t* const* rows, const uint8_t* const* ahead, int64_t columns, const uint8_t* packed,
+                       float* out) {
     using Layout = Scaled<Type>;
     constexpr int64_t STEP = Layout::BLOCKS * Type::BLOCK_BYTES;
     const int64_t blocks = columns / 32, chunks = blocks / Layout::BLOCKS;
@@ -329,8 +334,12 @@ inline void dot_scaled(const uint8_t* const* rows, int64_t columns, const uint8_
             sum += d * (to_float(dot) * c.d);
         }
     };
-    for (int64_t c = 0; c < chunks; ++c)
-        for (int r = 0; r < R; ++r) add(rows[r] + c * STEP, x[c], total[r]);
+    for (int64_t c = 0; c < chunks; ++c) {
+        for (int r = 0; r < R; ++r) {
+            prefetch(ahead[r] + c * STEP);
+            add(rows[r] + c * STEP, x[c], total[r]);
+        }
+    }
     if (const int64_t rest = blocks % Layout::BLOCKS) {  // padded with blocks of scale 0
         for (int r = 0; r < R; ++r) {
             uint8_t padded[STEP < 64 ? 64 : STEP] = {};
@@ -369,13 +378,15 @@ struct LaneScales {
 };
 
 template <class Type, int R>
-inline void dot_integral(const uint8_t* const* rows, int64_t columns, const uint8_t* packed, float* out) {
+inline void dot_integral(const uint8_t* const* rows, const uint8_t* const* ahead, int64_t columns,
+                         const uint8_t* packed, float* out) {
     const auto* x = reinterpret_cast<const IntegralPack*>(packed);
     F32 total[R] = {};
     F8 taken[R] = {};
     for (int64_t c = 0; c < columns / 256; ++c) {
         for (int r = 0; r < R; ++r) {
             const uint8_t* b = rows[r] + c * Type::BLOCK_BYTES;
+            for (int i = 0; i < Type::BLOCK_BYTES; i += 64) prefetch(ahead[r] + c * Type::BLOCK_BYTES + i);
             U8 q[K_VECTORS];
             Groups sc, mn;
             float d, dmin;
@@ -393,14 +404,16 @@ inline void dot_integral(const uint8_t* const* rows, int64_t columns, const uint
 }
 
 template <class Type, int R>
-inline void dot_packed(const uint8_t* const* rows, int64_t columns, const uint8_t* packed, float* out) {
-    if constexpr (IS_K<Type>) dot_integral<Type, R>(rows, columns, packed, out);
-    else dot_scaled<Type, R>(rows, columns, packed, out);
+inline void dot_packed(const uint8_t* const* rows, const uint8_t* const* ahead, int64_t columns, const uint8_t* packed,
+                       float* out) {
+    if constexpr (IS_K<Type>) dot_integral<Type, R>(rows, ahead, columns, packed, out);
+    else dot_scaled<Type, R>(rows, ahead, columns, packed, out);
 }
 
 // Float activations: types of one weight a block as they are, others unpacked 256 at a time.
 template <class Type, int R>
-inline void dot_float(const uint8_t* const* rows, int64_t columns, const float* x, float* out) {
+inline void dot_float(const uint8_t* const* rows, const uint8_t* const* ahead, int64_t columns, const float* x,
+                      float* out) {
     F32 total[R][2] = {};
     float rest[R] = {};
     auto add = [&](auto weight_at, auto one_at, int64_t at, int64_t count) {
@@ -408,6 +421,9 @@ inline void dot_float(const uint8_t* const* rows, int64_t columns, const float* 
         for (; i + 2 * LANES <= count; i += 2 * LANES) {
             const F32 x0 = load<F32>(x + at + i), x1 = load<F32>(x + at + i + LANES);
             for (int r = 0; r < R; ++r) {
+                constexpr int STEP = 2 * LANES * Type::BLOCK_BYTES;
+                if (Type::SIZE == 1)
+                    for (int j = 0; j < STEP; j += 64) prefetch_page(ahead[r] + i * Type::BLOCK_BYTES + j);
                 total[r][0] += weight_at(r, i) * x0;
                 total[r][1] += weight_at(r, i + LANES) * x1;
             }

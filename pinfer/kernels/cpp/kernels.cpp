@@ -13,7 +13,6 @@ constexpr int64_t GEMM_FROM_TOKENS = 6;     // below it, unpacking for each toke
 constexpr int64_t PIECE_BYTES = 32 * 1024;  // of weights handed out at a time
 constexpr int NEURON_PIECE = 32;            // listed neurons handed out at a time
 constexpr int MANY_TOKENS = 16;             // tokens of one sparse pass over the rows
-constexpr int64_t PREFETCH_BYTES = 512;     // of each row ahead; the hardware follows from there
 
 // ---- weights as floats ---------------------------------------------------------------------------
 
@@ -68,19 +67,18 @@ template <class Index, class Visit>
 inline void dot_rows(const pinfer_matrix& w, const Inputs& in, int64_t first, int64_t last, Index index, Visit visit) {
     const Type& type = type_of(w.type);
     const int64_t stride = in.packed ? type.pack_bytes(w.columns) : 0;
-    for (int64_t k = first; k < last; k += R) {
-        const uint8_t* rows[R];
+    const auto point = [&](int64_t k, const uint8_t** rows) {
         for (int r = 0; r < R; ++r) rows[r] = w.blocks + index(smaller(k + r, last - 1)) * w.row_stride;
-        if (k + R < last) {
-            for (int r = 0; r < R; ++r) {
-                const uint8_t* ahead = w.blocks + index(smaller(k + R + r, last - 1)) * w.row_stride;
-                for (int64_t i = 0; i < PREFETCH_BYTES; i += 64) prefetch(ahead + i);
-            }
-        }
+    };
+    const uint8_t *rows[R], *ahead[R];
+    if (first < last) point(first, ahead);
+    for (int64_t k = first; k < last; k += R) {
+        std::memcpy(rows, ahead, sizeof rows);
+        if (k + R < last) point(k + R, ahead);
         for (int64_t t = 0; t < in.tokens; ++t) {
             float dots[R];
-            if (in.packed) type.dot_packed(rows, w.columns, in.packed + t * stride, dots);
-            else type.dot_float(rows, w.columns, in.x + t * w.columns, dots);
+            if (in.packed) type.dot_packed(rows, ahead, w.columns, in.packed + t * stride, dots);
+            else type.dot_float(rows, ahead, w.columns, in.x + t * w.columns, dots);
             for (int r = 0; r < R && k + r < last; ++r) visit(k + r, t, dots[r]);
         }
     }
@@ -143,20 +141,17 @@ inline void add_rows(Team& team, const pinfer_matrix& w, const float* hidden, in
         for (int64_t t = 0; t < tokens; ++t)
             for (int64_t i = from; i < to; ++i) y[t * w.columns + i] = 0;
         const int64_t offset = from / type.size * type.bytes;
-        const int64_t bytes = (to - from) / type.size * type.bytes;
         float h[R * MANY_TOKENS];
         const uint8_t *rows[R], *ready[R];
         int held = 0;
-        // Four rows are collected, asked for, and added one group later.
+        // Four rows are collected, and added when the next four are known.
         float late[R * MANY_TOKENS];
         bool waiting = false;
         auto add_late = [&] {
-            if (tokens == 1) type.add_rows(ready, late, to - from, y + from);
+            if (tokens == 1) type.add_rows(ready, rows, late, to - from, y + from);
             else type.add_rows_to_many(ready, late, tokens, to - from, y + from, w.columns);
         };
         auto turn = [&] {
-            for (int r = 0; r < R; ++r)
-                for (int64_t i = 0; i < smaller(PREFETCH_BYTES, bytes); i += 64) prefetch(rows[r] + i);
             if (waiting) add_late();
             for (int r = 0; r < R; ++r) ready[r] = rows[r];
             std::memcpy(late, h, sizeof(float) * size_t(R * tokens));
@@ -365,7 +360,7 @@ void attend(const pinfer_attention_arguments& a, int64_t t, int64_t head, int64_
     for (int64_t j = 0; j < count; j += R) {
         float dots[R];
         point(keys, j);
-        dot_float<Float32, R>(rows, d, query, dots);
+        dot_float<Float32, R>(rows, rows, d, query, dots);
         for (int r = 0; r < R && j + r < count; ++r) scores[j + r] = dots[r] * a.scale;
     }
     softmax(scores, count);
@@ -374,7 +369,7 @@ void attend(const pinfer_attention_arguments& a, int64_t t, int64_t head, int64_
         float h[R];
         for (int r = 0; r < R; ++r) h[r] = j + r < count ? scores[j + r] : 0.0f;
         point(values, j);
-        add_four_rows<Float32>(rows, h, d, y);
+        add_four_rows<Float32>(rows, rows, h, d, y);
     }
 }
 

@@ -13,15 +13,17 @@ constexpr int R = 4;  // rows that share a load of the activations
 struct Type {
     int size, bytes;  // weights and bytes of a block
     void (*unpack)(const uint8_t* blocks, int64_t count, float* out);
-    void (*dot_float)(const uint8_t* const* rows, int64_t columns, const float* x, float* out);
-    void (*add_rows)(const uint8_t* const* rows, const float* h, int64_t count, float* y);
+    // `ahead`: the rows of the next call, to be read into the cache meanwhile.
+    void (*dot_float)(const uint8_t* const* rows, const uint8_t* const* ahead, int64_t columns, const float* x, float* out);
+    void (*add_rows)(const uint8_t* const* rows, const uint8_t* const* ahead, const float* h, int64_t count, float* y);
     void (*add_rows_to_many)(const uint8_t* const* rows, const float* h, int64_t tokens, int64_t count, float* y,
                              int64_t y_stride);
     // Arithmetic in int8, which the float types have not: null there.
     int chunk;  // weights in one packed chunk
     int64_t (*pack_bytes)(int64_t columns);
     void (*pack)(const float* x, int64_t columns, int64_t first, int64_t last, uint8_t* out);
-    void (*dot_packed)(const uint8_t* const* rows, int64_t columns, const uint8_t* packed, float* out);
+    void (*dot_packed)(const uint8_t* const* rows, const uint8_t* const* ahead, int64_t columns, const uint8_t* packed,
+                       float* out);
     void (*gemm)(Team& team, const pinfer_matmul_arguments& arguments);
 };
 
