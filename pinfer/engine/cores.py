@@ -114,14 +114,12 @@ def plan(policy: Numa, threads: int, topology: Topology, here: int | None) -> Pl
     """The placement of `threads` threads; `here` is the processor the process runs on."""
     if policy == "none":
         return Placement(threads)
+    nodes = topology.nodes
+    memory = PREFERRED if policy == "isolate" else INTERLEAVED
     if policy == "isolate":
-        node = next((core.node for core in topology.cores if here in core.cpus), topology.nodes[0])
-        cpus = topology.cpus_of(node)
-        threads = min(threads, sum(core.node == node for core in topology.cores))
-        memory, nodes = PREFERRED, (node,)
-    else:
-        cpus = _by_turns([topology.cpus_of(node) for node in topology.nodes])
-        memory, nodes = INTERLEAVED, topology.nodes
+        nodes = (next((core.node for core in topology.cores if here in core.cpus), nodes[0]),)
+        threads = min(threads, sum(core.node in nodes for core in topology.cores))
+    cpus = _by_turns([topology.cpus_of(node) for node in nodes])
     pinned = tuple(cpus[i % len(cpus)] for i in range(threads))
     return Placement(threads, pinned) if len(topology.nodes) == 1 else Placement(threads, pinned, memory, nodes)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 
 import torch
 
 from pinfer.config import SamplingConfig
+from pinfer.kernels.ops import top_k
 
 
 class Sampler:
@@ -23,15 +25,18 @@ class Sampler:
 
         RuntimeError if the logits are not finite.
         """
-        if not torch.isfinite(logits).all():
-            raise RuntimeError("the model's output is not finite: its weights or its input are damaged")
         config = self.config
+        wanted = 1 if config.temperature == 0 else config.top_k or logits.numel()
+        # One pass over the vocabulary: the banned are drawn with the rest and dropped.
+        logits, tokens = top_k(_penalise(logits, history, config), min(wanted + len(banned), logits.numel()))
+        if not math.isfinite(logits[0]):
+            raise RuntimeError("the model's output is not finite: its weights or its input are damaged")
         if banned:
-            logits = logits.index_fill(0, torch.tensor(banned), -torch.inf)
-        logits = _penalise(logits, history, config)
+            allowed = torch.isin(tokens, torch.tensor(banned), invert=True)
+            logits, tokens = logits[allowed][:wanted], tokens[allowed][:wanted]
         if config.temperature == 0:
-            return int(logits.argmax())
-        logits, tokens = _candidates(logits, config)
+            return int(tokens[0])
+        logits, tokens = _candidates(logits, tokens, config)
         # In double and from the best one down, so that no temperature overflows.
         probabilities = ((logits.double() - logits.max()) / config.temperature).softmax(-1)
         return int(tokens[torch.multinomial(probabilities, 1, generator=self._generator)])
@@ -49,10 +54,10 @@ def _penalise(logits: torch.Tensor, history: Sequence[int], config: SamplingConf
     return logits
 
 
-def _candidates(logits: torch.Tensor, config: SamplingConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and token ids that survive top-k, top-p and min-p, best first; at least one does."""
-    count = min(config.top_k or logits.numel(), logits.numel())
-    logits, tokens = logits.topk(count)
+def _candidates(
+    logits: torch.Tensor, tokens: torch.Tensor, config: SamplingConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the top-k logits and token ids, best first, those that survive top-p and min-p; at least one does."""
     if config.top_p < 1:
         probabilities = logits.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities  # mass of the better ones

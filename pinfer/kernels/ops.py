@@ -13,6 +13,7 @@ from pinfer.kernels.rope import OP as rope
 from pinfer.kernels.select_active import OP as select_active
 from pinfer.kernels.sparse_ffn import OP as sparse_ffn
 from pinfer.kernels.tally import OP as tally
+from pinfer.kernels.top_k import OP as top_k
 
 OPS: tuple[Op, ...] = (
     embed,
@@ -26,10 +27,11 @@ OPS: tuple[Op, ...] = (
     tally,
     sparse_ffn,
     input_sparse_matmul,
+    top_k,
     dequantize,
 )
 
 __all__ = [
     "OPS", "add", "attention", "dequantize", "embed", "glu", "input_sparse_matmul", "quant_matmul", "rms_norm",
-    "rope", "select_active", "sparse_ffn", "tally",
+    "rope", "select_active", "sparse_ffn", "tally", "top_k", "top_k",
 ]  # fmt: skip

@@ -29,6 +29,7 @@ enum pinfer_kind : int32_t {
     PINFER_ROPE,
     PINFER_ATTENTION,
     PINFER_TALLY,
+    PINFER_TOP_K,
     PINFER_KINDS,
 };
 
@@ -148,6 +149,14 @@ struct pinfer_tally_arguments {
     const uint8_t* mask;  // [tokens, neurons] or null, which makes it tokens · count
     int64_t tokens, neurons;
     int64_t* totals;
+};
+
+// The best k of scores [count], best first, ties in order; all values NaN where a score is not finite
+struct pinfer_top_k_arguments {
+    const float* scores;
+    int64_t count, k;
+    float* values;
+    int64_t* indices;
 };
 
 }  // extern "C"

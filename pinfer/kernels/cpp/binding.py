@@ -183,6 +183,17 @@ class Tally(Arguments):
     )
 
 
+class TopK(Arguments):
+    KIND = 12
+    _fields_ = (
+        ("scores", c_void_p),
+        ("count", c_int64),
+        ("k", c_int64),
+        ("values", c_void_p),
+        ("indices", c_void_p),
+    )
+
+
 class _Step(ctypes.Structure):
     _fields_ = (("kind", c_int32), ("arguments", c_void_p))
 

@@ -254,6 +254,46 @@ void tally(Team& team, const pinfer_tally_arguments& a) {
     team.barrier();
 }
 
+void top_k(Team& team, const pinfer_top_k_arguments& a) {
+    if (team.id == 0) {
+        int64_t held = 0;
+        F32 odd = {};  // NaN once something is not finite
+        float rest_odd = 0;
+        const auto offer = [&](int64_t i) {
+            const float v = a.scores[i];
+            if (held == a.k && !(v > a.values[held - 1])) return;
+            int64_t at = held < a.k ? held++ : held - 1;
+            for (; at > 0 && v > a.values[at - 1]; --at) {
+                a.values[at] = a.values[at - 1];
+                a.indices[at] = a.indices[at - 1];
+            }
+            a.values[at] = v;
+            a.indices[at] = i;
+        };
+        constexpr int64_t STEP = 4 * LANES;
+        int64_t i = 0;
+        for (; i + STEP <= a.count; i += STEP) {
+            F32 peak = load<F32>(a.scores + i);
+            odd += peak - peak;
+            for (int j = 1; j < 4; ++j) {
+                const F32 v = load<F32>(a.scores + i + j * LANES);
+                odd += v - v;
+                peak = v > peak ? v : peak;
+            }
+            if (held == a.k && !any(peak > splat(a.values[held - 1]))) continue;
+            for (int64_t j = i; j < i + STEP; ++j) offer(j);
+        }
+        for (; i < a.count; ++i) {
+            rest_odd += a.scores[i] - a.scores[i];
+            offer(i);
+        }
+        if (!(sum(odd) + rest_odd == 0.0f))
+            for (int64_t j = 0; j < a.k; ++j) a.values[j] = __builtin_nanf("");
+        for (int64_t j = held; j < a.k; ++j) a.indices[j] = 0;  // NaNs alone were offered to no avail
+    }
+    team.barrier();
+}
+
 // ---- elementwise, norm, rotary embedding -----------------------------------------------------------
 
 void rms_norm(Team& team, const pinfer_rms_norm_arguments& a) {
@@ -425,6 +465,7 @@ const Kernels TABLE = {
         erased<pinfer_rope_arguments, rope>,
         erased<pinfer_attention_arguments, attention>,
         erased<pinfer_tally_arguments, tally>,
+        erased<pinfer_top_k_arguments, top_k>,
     },
     knows,
     read_all,

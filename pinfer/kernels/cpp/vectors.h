@@ -67,6 +67,19 @@ inline float sum(F32 v) {
 }
 inline float sum8(F8 v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
 
+// Whether a comparison holds in any lane.
+inline bool any(I32 held) {
+#if PINFER_LEVEL == 512
+    return _mm512_test_epi32_mask((__m512i)held, (__m512i)held) != 0;
+#elif PINFER_LEVEL == 2
+    return !_mm256_testz_si256((__m256i)held, (__m256i)held);
+#else
+    int32_t all = 0;
+    for (int i = 0; i < LANES; ++i) all |= held[i];
+    return all != 0;
+#endif
+}
+
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 // The start of a page; a row that fills pages is followed by the hardware from there, faster than
 // prefetches, of which a core has few under way at a time.
