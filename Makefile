@@ -56,5 +56,12 @@ vocabs: $(READY)
 	$(BIN)/python tests/tools/extract_vocabs.py $(VENV)/source/llama_cpp_python-*.tar.gz $(VENV)/vocabs
 	rm -rf $(VENV)/source
 
+# The C++ core under sanitizers, fed with random programs; needs a compiler alone, and some minutes.
+.PHONY: sanitize
+sanitize:
+	$(PYTHON) tests/fuzz/sanitize.py address
+	$(PYTHON) tests/fuzz/sanitize.py pages
+	$(PYTHON) tests/fuzz/sanitize.py thread --programs 60
+
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks *.egg-info

@@ -9,8 +9,10 @@
 // FUZZ_OWN_THREADS it starts std::threads, which ThreadSanitizer understands, and not OpenMP's, which it does not.
 #include <algorithm>
 #include <cmath>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <iterator>
 #include <random>
 #include <string>
@@ -26,8 +28,9 @@
 
 #if defined(FUZZ_GUARD_PAGES)
 #include <sys/mman.h>
-#include <unistd.h>
 #endif
+
+#include <unistd.h>
 
 #include "kernels.h"
 
@@ -319,6 +322,11 @@ void check_reads() {
 }
 #endif
 
+[[noreturn]] void die(const char* why) {
+    std::fprintf(stderr, "%s\n", why);
+    std::abort();
+}
+
 std::vector<uint32_t> results(const Memory& m, int threads) {
     for (const auto& output : m.outputs) std::fill_n(output.words, output.count, UNWRITTEN);
     run(m, threads);
@@ -326,10 +334,18 @@ std::vector<uint32_t> results(const Memory& m, int threads) {
     for (const auto& output : m.outputs)
         for (int64_t i = 0; output.complete && i < output.count; ++i) {
             const uint32_t word = output.words[i];
-            if (word == UNWRITTEN) std::printf("an output was left unwritten\n"), std::abort();
+            if (word == UNWRITTEN) die("an output is left unwritten");
             all.push_back((word & 0x7fffffffu) > 0x7f800000u ? UNWRITTEN : word);
         }
     return all;
+}
+
+char now[200];  // which program runs, for whoever has to find out why it died
+
+void tell(int signal) {
+    (void)!write(2, now, std::strlen(now));
+    std::signal(signal, SIG_DFL);
+    raise(signal);
 }
 
 }  // namespace
@@ -337,6 +353,10 @@ std::vector<uint32_t> results(const Memory& m, int threads) {
 int main(int argc, char** argv) {
     const int64_t programs = argc > 1 ? std::atoll(argv[1]) : 100;
     const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
+#if defined(FUZZ_GUARD_PAGES)
+    std::signal(SIGSEGV, tell);
+#endif
+    std::signal(SIGABRT, tell);
     for (const std::string set : {"portable", "avx2", "avx512"}) {
         if (!use(set)) {
             std::printf("%s: this processor or build lacks it\n", set.c_str());
@@ -345,13 +365,13 @@ int main(int argc, char** argv) {
         int64_t steps = 0;
         for (int64_t program = 0; program < programs; ++program) {
             rng.seed(seed * 1000003 + uint64_t(program));
+            std::snprintf(now, sizeof now, "%s: died in program %lld of seed %llu\n", set.c_str(), (long long)program,
+                          (unsigned long long)seed);
             Memory memory;
             for (int64_t i = from_to(1, 4); i > 0; --i) ADD[below(std::size(ADD))](memory);
             const auto alone = results(memory, 1);
             for (int threads : {2, 3})
-                if (results(memory, threads) != alone)
-                    std::printf("%s, seed %llu, program %lld: %d threads compute something else\n", set.c_str(),
-                                (unsigned long long)seed, (long long)program, threads), std::abort();
+                if (results(memory, threads) != alone) die("the number of threads changes the result");
             steps += int64_t(memory.steps.size());
             check_reads();
         }
