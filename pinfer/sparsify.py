@@ -12,7 +12,7 @@ from typing import cast
 import torch
 
 from pinfer.config import Method
-from pinfer.ffn import DenseFFN, FFNWeights, HybridFFN, SparseFFN
+from pinfer.ffn import Activity, DenseFFN, FFNWeights, HybridFFN, SparseFFN
 from pinfer.kernels.ops import embed
 from pinfer.kernels.transpose import transpose_weights
 from pinfer.models import KVCache, Transformer
@@ -215,10 +215,14 @@ def density(model: Transformer) -> float:
     return sum(layer.active for layer in layers) / total if total else 1.0
 
 
+def activities(model: Transformer) -> list[Activity]:
+    """The counts of every sparse part of the model."""
+    return [shard.activity for ffn in model.ffns() for shard in _shards(ffn)]
+
+
 def reset_activity(model: Transformer) -> None:
-    for ffn in model.ffns():
-        for shard in _shards(ffn):
-            shard.activity.reset()
+    for activity in activities(model):
+        activity.reset()
 
 
 def _shards(ffn: torch.nn.Module) -> list[SparseFFN]:

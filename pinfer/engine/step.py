@@ -7,6 +7,7 @@ import torch
 from pinfer.kernels.cpp import core_available
 from pinfer.kernels.cpp.program import NotRecordable, Program, record
 from pinfer.models import KVCache, Transformer
+from pinfer.sparsify import activities
 
 
 class DecodeStep:
@@ -22,6 +23,11 @@ class DecodeStep:
         self._program: Program | None = None
         self._logits: torch.Tensor | None = None
         self.reason: str | None = None if core_available() else "there is no C++ core"
+
+    @property
+    def recorded(self) -> bool:
+        """Whether calls repeat a program."""
+        return self._program is not None
 
     def __call__(self, token: int) -> torch.Tensor:
         """Logits float32 [1, V] after `token`; the next call overwrites them. ValueError past the cache or the vocabulary."""
@@ -41,11 +47,14 @@ class DecodeStep:
         if self.reason is None:
             for rope in self._model.ropes:
                 rope.reserve(self._cache.context)  # the table must not move later
+            counted = [(activity, activity.totals.clone()) for activity in activities(self._model)]
             try:
                 with record(torch.get_num_threads()) as program:
                     self._logits = self._model.compute(self._token, self._cache)
             except NotRecordable as problem:
                 self.reason = str(problem)
+                for activity, totals in counted:  # layers before the problem have counted this token
+                    activity.totals.copy_(totals)
             else:
                 self._program = program
                 self._cache.length += 1

@@ -33,5 +33,5 @@ OPS: tuple[Op, ...] = (
 
 __all__ = [
     "OPS", "add", "attention", "dequantize", "embed", "glu", "input_sparse_matmul", "quant_matmul", "rms_norm",
-    "rope", "select_active", "sparse_ffn", "tally", "top_k", "top_k",
+    "rope", "select_active", "sparse_ffn", "tally", "top_k",
 ]  # fmt: skip

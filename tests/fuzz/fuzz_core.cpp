@@ -1,6 +1,7 @@
 // Runs random programs on the C++ core in buffers of exactly the size that abi.h promises, for sanitizers to watch.
 //
 //   fuzz_core PROGRAMS [SEED]
+//
 // With FUZZ_GUARD_PAGES each buffer ends where a page that may not be touched begins, which catches what
 // sanitizers do not see: masked and compressing loads and stores, and what -O3 makes of the code.
 //
@@ -8,30 +9,18 @@
 // for bit (any NaN equals any other) and hold nothing of what the output held before. Compiled with
 // FUZZ_OWN_THREADS it starts std::threads, which ThreadSanitizer understands, and not OpenMP's, which it does not.
 #include <algorithm>
-#include <cmath>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
-#include <random>
 #include <string>
 #include <thread>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#define POISON(p, n) ASAN_POISON_MEMORY_REGION(p, n)
-#else
-#define POISON(p, n) (void)(n)
-#endif
-
-#if defined(FUZZ_GUARD_PAGES)
-#include <sys/mman.h>
-#endif
-
 #include <unistd.h>
 
+#include "fuzz_memory.h"
 #include "kernels.h"
 
 using namespace pinfer;
@@ -44,128 +33,6 @@ void pinfer_run(const pinfer_step* steps, int64_t count, int32_t threads);
 }
 
 namespace {
-
-std::mt19937_64 rng;
-int64_t below(int64_t n) { return int64_t(rng() % uint64_t(n)); }
-int64_t from_to(int64_t low, int64_t high) { return low + below(high - low + 1); }
-bool one_in(int64_t n) { return below(n) == 0; }
-
-struct WeightType {
-    const char* name;
-    int id, size, bytes;
-    std::vector<int> halves;  // where a block keeps its fp16 scale and minimum
-};
-const std::vector<WeightType> TYPES = {
-    {"F32", 0, 1, 4, {}},          {"F16", 1, 1, 2, {}},          {"BF16", 30, 1, 2, {}},
-    {"Q8_0", 8, 32, 34, {0}},      {"Q4_0", 2, 32, 18, {0}},      {"Q4_1", 3, 32, 20, {0, 2}},
-    {"Q5_0", 6, 32, 22, {0}},      {"Q5_1", 7, 32, 24, {0, 2}},   {"Q2_K", 10, 256, 84, {80, 82}},
-    {"Q3_K", 11, 256, 110, {108}}, {"Q4_K", 12, 256, 144, {0, 2}}, {"Q5_K", 13, 256, 176, {0, 2}},
-    {"Q6_K", 14, 256, 210, {208}},
-};
-
-constexpr uint32_t UNWRITTEN = 0x7fa1b2c3;  // a NaN that no kernel makes
-
-struct Output {
-    uint32_t* words;
-    int64_t count;
-    bool complete;  // whether a run must write all of it
-};
-
-#if defined(FUZZ_GUARD_PAGES)
-struct Block {
-    uint8_t* whole;
-    size_t mapped;
-    uint8_t* start;
-
-    Block(size_t count, size_t) {
-        const size_t page = size_t(sysconf(_SC_PAGESIZE)), inner = (count + page - 1) / page * page;
-        mapped = inner + page;
-        void* p = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (p == MAP_FAILED) std::abort();
-        whole = static_cast<uint8_t*>(p);
-        mprotect(whole + inner, page, PROT_NONE);
-        start = whole + inner - count;
-    }
-    void free() const { munmap(whole, mapped); }
-};
-#else
-struct Block {
-    uint8_t* start;
-
-    Block(size_t count, size_t alignment) {
-        start = static_cast<uint8_t*>(alignment == 1 ? std::malloc(count) : std::aligned_alloc(alignment, count));
-    }
-    void free() const { std::free(start); }
-};
-#endif
-
-// The memory of one program: each buffer is an allocation of its own, so that a byte too far is caught.
-class Memory {
-public:
-    ~Memory() {
-        for (const Block& block : blocks) block.free();
-    }
-    Memory() = default;
-    Memory(const Memory&) = delete;
-
-    uint8_t* bytes(int64_t count, int64_t offset = 0) {
-        blocks.emplace_back(size_t(offset + count), 1);
-        uint8_t* p = blocks.back().start;
-        for (int64_t i = 0; i < offset + count; ++i) p[i] = uint8_t(rng());
-        return p + offset;
-    }
-    uint8_t* scratch(int64_t count) {
-        blocks.emplace_back(size_t(count), 64);
-        return blocks.back().start;
-    }
-    // Floats of moderate size, now and then one that is not; at any address that floats may have.
-    float* floats(int64_t count) {
-        float* p = reinterpret_cast<float*>(bytes(4 * count, 4 * below(5)));
-        const float odd[] = {0.0f, -0.0f, INFINITY, -INFINITY, NAN, 1e-42f, 3e38f};
-        std::normal_distribution<float> normal;
-        for (int64_t i = 0; i < count; ++i) p[i] = one_in(2000) ? odd[below(7)] : normal(rng);
-        return p;
-    }
-    float* output(int64_t count, bool complete = true) {
-        float* p = floats(count);
-        outputs.push_back({reinterpret_cast<uint32_t*>(p), count, complete});
-        return p;
-    }
-    template <class T>
-    T* of(std::vector<T> values) {
-        T* p = reinterpret_cast<T*>(bytes(int64_t(sizeof(T) * values.size())));
-        std::copy(values.begin(), values.end(), p);
-        return p;
-    }
-    template <class T>
-    void step(pinfer_kind kind, T arguments) {
-        steps.push_back({kind, of<T>({arguments})});
-    }
-
-    // Rows at any address, apart by more than their length; what lies between may not be touched.
-    pinfer_matrix matrix(const WeightType& type, int64_t rows, int64_t columns) {
-        const int64_t length = columns / type.size * type.bytes, gap = one_in(2) ? 0 : from_to(1, 70);
-        uint8_t* p = bytes(rows ? (rows - 1) * (length + gap) + length : 0, below(64));
-        for (int64_t r = 0; r < rows; ++r) {
-            uint8_t* row = p + r * (length + gap);
-            for (int64_t i = 0; i < length; i += type.bytes) fill(type, row + i);
-            if (r + 1 < rows) POISON(row + length, size_t(gap));
-        }
-        return {p, length + gap, rows, columns, type.id};
-    }
-
-    std::vector<pinfer_step> steps;
-    std::vector<Output> outputs;
-
-private:
-    // Random bytes, with scales of 2^-15 to 1 most of the time.
-    void fill(const WeightType& type, uint8_t* block) {
-        if (one_in(500)) return;
-        for (int at : type.halves) block[at + 1] = uint8_t(below(60));
-        if (type.size == 1) block[type.bytes - 1] = uint8_t(below(60));
-    }
-    std::vector<Block> blocks;
-};
 
 const WeightType& any_type() { return TYPES[size_t(below(int64_t(TYPES.size())))]; }
 int64_t columns_for(int64_t block) { return block == 1 ? from_to(1, 300) : block * from_to(1, block == 32 ? 40 : 5); }
@@ -260,13 +127,15 @@ void add_norm(Memory& m) {
 void add_rope(Memory& m) {
     const int64_t tokens = from_to(1, 9), heads = from_to(1, 4), dim = 2 * from_to(1, 20), start = below(6);
     const int64_t head_dim = dim + below(4), count = tokens * heads * head_dim, angles = (start + tokens) * dim / 2;
-    m.step(PINFER_ROPE, pinfer_rope_arguments{m.floats(count), m.floats(angles), m.floats(angles), m.of<int64_t>({start}),
-                                              tokens, heads, head_dim, dim, int32_t(below(2)), m.output(count)});
+    m.step(PINFER_ROPE, pinfer_rope_arguments{m.floats(count), m.floats(angles), m.floats(angles),
+                                              m.of<int64_t>({start}), tokens, heads, head_dim, dim, int32_t(below(2)),
+                                              m.output(count)});
 }
 
 void add_attention(Memory& m) {
-    const int64_t tokens = from_to(1, 16), kv_heads = from_to(1, 3), heads = kv_heads * from_to(1, 3), d = from_to(1, 70);
-    const int64_t start = below(60), context = start + tokens + below(3), kv = tokens * kv_heads * d;
+    const int64_t tokens = from_to(1, 16), kv_heads = from_to(1, 3), heads = kv_heads * from_to(1, 3);
+    const int64_t d = from_to(1, 70), kv = tokens * kv_heads * d;
+    const int64_t start = below(60), context = start + tokens + below(3);
     m.step(PINFER_ATTENTION,
            pinfer_attention_arguments{m.floats(tokens * heads * d), m.floats(kv), m.floats(kv),
                                       m.floats(kv_heads * context * d), m.floats(kv_heads * context * d),
@@ -281,9 +150,10 @@ void add_tally(Memory& m) {
     m.step(PINFER_TALLY, pinfer_tally_arguments{m.of<int32_t>({7}), mask, tokens, neurons, m.of<int64_t>({0, 0})});
 }
 
-void (*const ADD[])(Memory&) = {add_dequantize, add_embed,       add_matmul, add_matmul, add_select,    add_sparse_ffn,
-                                add_sparse_ffn, add_input_sparse, add_norm,   add_rope,   add_attention, add_elementwise,
-                                add_tally};
+void (*const ADD[])(Memory&) = {
+    add_dequantize,   add_embed, add_matmul, add_matmul,    add_select,      add_sparse_ffn, add_sparse_ffn,
+    add_input_sparse, add_norm,  add_rope,   add_attention, add_elementwise, add_tally,
+};
 
 #if defined(FUZZ_OWN_THREADS)
 const Kernels* table = nullptr;
@@ -353,6 +223,7 @@ void tell(int signal) {
 int main(int argc, char** argv) {
     const int64_t programs = argc > 1 ? std::atoll(argv[1]) : 100;
     const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
+    std::setvbuf(stdout, nullptr, _IONBF, 0);
 #if defined(FUZZ_GUARD_PAGES)
     std::signal(SIGSEGV, tell);
 #endif
@@ -375,7 +246,8 @@ int main(int argc, char** argv) {
             steps += int64_t(memory.steps.size());
             check_reads();
         }
-        std::printf("%s: %lld programs, %lld steps, nothing found\n", set.c_str(), (long long)programs, (long long)steps);
+        std::printf("%s: %lld programs, %lld steps, nothing found\n", set.c_str(), (long long)programs,
+                    (long long)steps);
     }
     return 0;
 }

@@ -33,7 +33,9 @@ def _make_inputs(
     }
 
 
-def _bytes_moved(query: torch.Tensor, key: torch.Tensor, start: torch.Tensor, window: int | None = None, **_: Any) -> int:
+def _bytes_moved(
+    query: torch.Tensor, key: torch.Tensor, start: torch.Tensor, window: int | None = None, **_: Any
+) -> int:
     seen = int(start) + query.shape[0]
     seen = seen if window is None else min(seen, window + query.shape[0] - 1)
     return 4 * (2 * seen * key.shape[1] * key.shape[2] + 2 * query.numel() + 2 * key.numel())

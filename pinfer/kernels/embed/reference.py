@@ -18,5 +18,5 @@ def check_inputs(ids: torch.Tensor, table: QuantTensor) -> None:
     """ValueError unless ids is int64 [T] and every one names a row; every implementation calls it."""
     if ids.dim() != 1 or ids.dtype != torch.int64:
         raise ValueError(f"ids are {ids.dtype} {list(ids.shape)}, expected torch.int64 [T]")
-    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < table.rows):
+    if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < table.rows):
         raise ValueError(f"token ids lie in [{int(ids.min())}, {int(ids.max())}], the table has {table.rows} rows")

@@ -1,0 +1,119 @@
+"""The recorded decode step: equal to the plain forward pass, and unrecorded where it could not be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pinfer import sparsify
+from pinfer.config import RunConfig
+from pinfer.engine import Engine, load_engine
+from pinfer.engine.step import DecodeStep
+from pinfer.kernels.cpp import core_problem
+from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
+
+pytestmark = pytest.mark.skipif(core_problem() is not None, reason=f"no CPU core: {core_problem()}")
+TOKENS = [3, 9, 4, 11, 7, 2, 9, 9]
+RUNS = [
+    {"method": "dense"},
+    {"method": "exact", "activation": "relu"},
+    {"method": "gate_threshold", "sparsity": 0.4},
+    {"method": "exact", "activation": "relu", "cold_fraction": 0.5},
+]
+
+
+def engine_for(path: Path, precision: str = "int8", **run: object) -> Engine:
+    return load_engine(RunConfig(model=str(path), precision=precision, **run))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("precision", ["int8", "float32"])
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_recorded_steps_equal_plain_ones_bit_for_bit(
+    tmp_path: Path, family: str, precision: str, run: dict[str, object]
+) -> None:
+    write = write_tiny_llama if family == "llama" else write_tiny_gemma3
+    engine = engine_for(write(tmp_path / "m.gguf"), precision, **run)
+    with engine.computing():
+        plain_cache, cache = engine.model.new_cache(), engine.model.new_cache()
+        step = DecodeStep(engine.model, cache)
+        for token in TOKENS:
+            plain = engine.model(torch.tensor([token]), plain_cache)
+            assert torch.equal(step(token), plain)
+            assert cache.length == plain_cache.length
+    assert step.recorded
+    assert step.reason is None
+
+
+def test_activity_is_counted_by_recorded_steps(tmp_path: Path) -> None:
+    engine = engine_for(write_tiny_llama(tmp_path / "m.gguf"), method="exact", activation="relu")
+    counts = []
+    for recorded in (False, True):
+        sparsify.reset_activity(engine.model)
+        cache = engine.model.new_cache()
+        step = DecodeStep(engine.model, cache)
+        with engine.computing():
+            for token in TOKENS:
+                if recorded:
+                    step(token)
+                else:
+                    engine.model(torch.tensor([token]), cache)
+        counts.append([(layer.active, layer.tokens) for layer in sparsify.layer_densities(engine.model)])
+    assert counts[0] == counts[1]
+    assert counts[0][0][1] == len(TOKENS)
+
+
+@pytest.mark.parametrize(
+    "outside",
+    [
+        lambda x: x * 1.0001,
+        lambda x: x + torch.ones(1),
+        lambda x: x.clone().mul_(2),
+        lambda x: torch.nn.functional.silu(x),
+        lambda x: x[torch.tensor([0])],
+        lambda x: x.float().contiguous() @ torch.eye(x.shape[1]),
+        lambda x: x * float(x.sum() > 0),
+    ],
+)
+def test_torch_arithmetic_between_ops_leaves_the_step_unrecorded_and_right(tmp_path: Path, outside: object) -> None:
+    engine = engine_for(write_tiny_llama(tmp_path / "m.gguf"), method="exact", activation="relu")
+    inner = engine.model.blocks[1].ffn
+
+    class Edited(torch.nn.Module):
+        def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+            return outside(inner(x, residual))  # type: ignore[operator]
+
+    engine.model.blocks[1].ffn = Edited()
+    with engine.computing():
+        plain_cache, cache = engine.model.new_cache(), engine.model.new_cache()
+        step = DecodeStep(engine.model, cache)
+        for token in TOKENS:
+            assert torch.equal(step(token), engine.model(torch.tensor([token]), plain_cache))
+    assert not step.recorded
+    assert step.reason is not None
+    assert sparsify.layer_densities(engine.model)[0].tokens == 2 * len(TOKENS), "the attempt to record counts nothing"
+
+
+def test_another_backend_is_not_recorded(tmp_path: Path) -> None:
+    engine = engine_for(write_tiny_llama(tmp_path / "m.gguf"), method="dense", backend="reference")
+    with engine.computing():
+        step = DecodeStep(engine.model, engine.model.new_cache())
+        step(1)
+        step(2)
+    assert not step.recorded
+    assert "did not run on the core" in str(step.reason)
+
+
+def test_a_step_past_the_cache_or_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    engine = engine_for(write_tiny_llama(tmp_path / "m.gguf"), method="dense", context=4)
+    with engine.computing():
+        step = DecodeStep(engine.model, engine.model.new_cache())
+        for bad in (-1, engine.model.embedding.rows):
+            with pytest.raises(ValueError, match="vocabulary"):
+                step(bad)
+        for token in range(4):
+            step(token)
+        with pytest.raises(ValueError, match="do not fit the context of 4"):
+            step(1)
