@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("PINFER_ALL_SETS", "1")  # one library for every instruction set, not two
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from pathlib import Path

@@ -146,6 +146,12 @@ def test_code_that_all_sets_share_runs_on_any_processor(compiler: list[str]) -> 
     assert any("Team::barrier" in name for name in found["shared"])
 
 
+def test_the_fuzzer_of_make_sanitize_knows_the_interface(compiler: list[str]) -> None:
+    """It is compiled and run by `make sanitize` alone: here, only whether it still fits abi.h."""
+    fuzzer = ROOT / "tests/fuzz/fuzz_core.cpp"
+    compile.call(compiler, ("-std=c++17", "-fsyntax-only", "-Wno-psabi", "-I", str(compile.FOLDER), str(fuzzer)))
+
+
 # ---- wheels ------------------------------------------------------------------------------------------
 
 

@@ -140,7 +140,7 @@ struct pinfer_attention_arguments {
     int64_t window;  // positions seen, the own included; 0: all
     float scale;
     float* y;
-    float* scores;  // [threads, context]
+    float* scores;  // [threads, context + 64]: vectors are written whole past a row's end
 };
 
 // totals[0] += active (token, neuron) pairs, totals[1] += tokens

@@ -54,6 +54,12 @@ inline U8 fifth_bits(const uint16_t* bits) {
     uint64_t mask = 0;
     for (int i = 0; i < PIECES; ++i) mask |= uint64_t(bits[i]) << (16 * i);
     return (U8)_mm512_maskz_mov_epi8(mask, _mm512_set1_epi8(16));
+#elif PINFER_LEVEL == 2
+    const __m256i words = _mm256_set_m128i(_mm_set1_epi16(int16_t(bits[1])), _mm_set1_epi16(int16_t(bits[0])));
+    const __m128i half = _mm_set_epi64x(0x0101010101010101, 0);  // the low byte for eight bytes, then the high one
+    const __m256i spread = _mm256_shuffle_epi8(words, _mm256_set_m128i(half, half));
+    const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201));
+    return (U8)_mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit), _mm256_set1_epi8(16));
 #else
     U8 out;
     for (int i = 0; i < BYTES; ++i) out[i] = uint8_t(((bits[i / 16] >> (i % 16)) & 1) << 4);
