@@ -150,9 +150,16 @@ void add_tally(Memory& m) {
     m.step(PINFER_TALLY, pinfer_tally_arguments{m.of<int32_t>({7}), mask, tokens, neurons, m.of<int64_t>({0, 0})});
 }
 
+void add_top_k(Memory& m) {
+    const int64_t count = one_in(2) ? from_to(1, 40) : from_to(200, 1500), k = from_to(1, std::min<int64_t>(count, 256));
+    int64_t* indices = m.of(std::vector<int64_t>(size_t(k)));
+    m.step(PINFER_TOP_K, pinfer_top_k_arguments{m.floats(count), count, k, m.output(k), indices});
+}
+
 void (*const ADD[])(Memory&) = {
     add_dequantize,   add_embed, add_matmul, add_matmul,    add_select,      add_sparse_ffn, add_sparse_ffn,
     add_input_sparse, add_norm,  add_rope,   add_attention, add_elementwise, add_tally,
+    add_top_k,
 };
 
 #if defined(FUZZ_OWN_THREADS)
