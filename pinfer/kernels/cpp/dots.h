@@ -429,7 +429,7 @@ inline void dot_float(const uint8_t* const* rows, const uint8_t* const* ahead, i
             for (int r = 0; r < R; ++r) {
                 constexpr int STEP = 2 * LANES * Type::BLOCK_BYTES;
                 if (Type::SIZE == 1)
-                    for (int j = 0; j < STEP; j += 64) prefetch_page(ahead[r] + i * Type::BLOCK_BYTES + j);
+                    for (int j = 0; j < STEP; j += 64) prefetch(ahead[r] + i * Type::BLOCK_BYTES + j);
                 total[r][0] += weight_at(r, i) * x0;
                 total[r][1] += weight_at(r, i + LANES) * x1;
             }

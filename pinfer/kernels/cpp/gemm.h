@@ -4,6 +4,7 @@
 // all rows with four activations of one token. Scales apply once per group of 16 or 32 weights.
 #pragma once
 
+#include "abi.h"
 #include "dots.h"
 #include "team.h"
 

@@ -33,7 +33,7 @@ inline void add_four_rows(const uint8_t* const* rows, const uint8_t* const* ahea
         for (; i + LANES <= count; i += LANES) {
             F32 sum = load<F32>(y + i);
             if (i * Type::BLOCK_BYTES % 64 == 0)
-                for (int r = 0; r < 4; ++r) prefetch_page(ahead[r] + i * Type::BLOCK_BYTES);
+                for (int r = 0; r < 4; ++r) prefetch(ahead[r] + i * Type::BLOCK_BYTES);
             for (int r = 0; r < 4; ++r) sum += h[r] * Type::at(rows[r] + i * Type::BLOCK_BYTES);
             store(y + i, sum);
         }

@@ -80,12 +80,8 @@ inline bool any(I32 held) {
 #endif
 }
 
+// A line that is wanted some thousand bytes from now: past the first-level cache.
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-// The start of a page; a row that fills pages is followed by the hardware from there, faster than
-// prefetches, of which a core has few under way at a time.
-inline void prefetch_page(const void* p) {
-    if ((reinterpret_cast<uintptr_t>(p) & 4095) < 768) prefetch(p);
-}
 
 // An fp16 number; the hardware's conversion where there is one.
 inline float half_at(const uint8_t* p) {
