@@ -5,7 +5,7 @@
 One 7B-shaped FFN (4096 x 11008), called the way a model calls it: `down` as sparse models hold it
 (Q8_0 rows for quantised types). Layers rotate and every call has its own active list, so that no
 cache flatters: the weights of a type take more than a gigabyte. Rounds interleave bandwidth, dense
-and each density; figures are medians. An empty median of a pair says more than a best time.
+and each density; figures are medians.
 """
 
 from __future__ import annotations

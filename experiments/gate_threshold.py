@@ -81,7 +81,9 @@ def main(arguments: list[str] | None = None) -> int:
         rows = []
         for sparsity in (None, *SPARSITIES):
             method = "dense" if sparsity is None else "gate_threshold"
-            run = RunConfig(model=args.model, method=method, sparsity=sparsity, context=max(args.window, 1024))
+            run = RunConfig(
+                model=args.model, method=method, sparsity=sparsity, context=max(args.window, 1024), precision="float32"
+            )
             rows.append(measure(run, text, args.window, args.windows))
             print(f"{method} {sparsity}: {rows[-1]['perplexity']:.3f}", file=sys.stderr)
     except (ValueError, OSError) as error:

@@ -220,6 +220,11 @@ def activities(model: Transformer) -> list[Activity]:
     return [shard.activity for ffn in model.ffns() for shard in _shards(ffn)]
 
 
+def predictor_bytes(model: Transformer) -> int:
+    """Bytes of the predictors' own weights, which every token reads."""
+    return sum(shard.predictor.own_bytes for ffn in model.ffns() for shard in _shards(ffn))
+
+
 def reset_activity(model: Transformer) -> None:
     for activity in activities(model):
         activity.reset()

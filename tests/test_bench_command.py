@@ -192,6 +192,7 @@ def test_sparse_methods_need_less() -> None:
     assert step.dense == step.needed("dense", 1.0) == 130
     assert step.needed("exact", 0.25) == 115
     assert step.needed("another", 0.5) == 115
+    assert step.needed("another", 0.5, predictor=7) == 122
 
 
 def test_step_bytes_count_the_matrices_that_a_step_reads(tmp_path: Path) -> None:

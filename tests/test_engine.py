@@ -141,6 +141,8 @@ def test_a_generation_goes_on_from_another(llama: Path) -> None:
     with pytest.raises(ValueError, match="does not continue"):
         Generation(engine, [*PROMPT, 1, 2, 3, 4, 5, 6, 7], max_tokens=6, sampling=GREEDY, before=first)
     second = Generation(engine, prompt, max_tokens=6, sampling=GREEDY, ignore_eos=True, before=first)
+    with pytest.raises(ValueError, match="already"):
+        Generation(engine, prompt, max_tokens=6, sampling=GREEDY, before=first)
     list(second)
     assert second.ids == run(llama, prompt=prompt, max_tokens=6, ignore_eos=True).ids
     assert second.stats.prompt_tokens == 3, "the two new tokens and the last drawn one"

@@ -18,7 +18,7 @@ from pinfer.kernels.cpp import core_problem
 from pinfer.kernels.dequantize.reference import dequantize
 from pinfer.kernels.registry import BackendUnavailable, Op, use_backend
 from pinfer.kernels.select_active import Active
-from pinfer.quant import QUANT_TYPES, QuantTensor
+from pinfer.quant import BY_NAME, QUANT_TYPES, QuantTensor
 
 IMPLEMENTATIONS = ("cpu", "triton")
 
@@ -78,16 +78,29 @@ def test_results_repeat_bitwise(op: Op, backend: str, generator: torch.Generator
         assert torch.equal(first, second)
 
 
-def test_cpu_results_do_not_depend_on_the_number_of_threads(generator: torch.Generator) -> None:
+THREADED: list[tuple[Op, dict[str, Any]]] = [
+    (ops.sparse_ffn, {"type": "Q8_0", "tokens": 2, "neurons": 431, "width": 4352, "density": 0.3}),
+    (ops.sparse_ffn, {"type": "Q4_K", "tokens": 1, "neurons": 431, "width": 4352, "density": 0.3, "int8": True}),
+    (ops.quant_matmul, {"type": "Q4_0", "tokens": 1, "rows": 531, "columns": 2080, "int8": True}),
+    (ops.quant_matmul, {"type": "Q6_K", "tokens": 21, "rows": 531, "columns": 2048, "int8": True}),
+    (ops.input_sparse_matmul, {"type": "Q8_0", "tokens": 1, "inputs": 431, "outputs": 4352, "density": 0.5}),
+    (ops.attention, {"tokens": 1, "heads": 8, "kv_heads": 2, "head_dim": 128, "start": 900}),
+]
+
+
+@pytest.mark.parametrize(("op", "case"), THREADED, ids=lambda value: getattr(value, "name", None))
+def test_cpu_results_do_not_depend_on_the_number_of_threads(
+    op: Op, case: dict[str, Any], generator: torch.Generator
+) -> None:
     if core_problem():
         pytest.skip(f"no CPU core: {core_problem()}")
-    inputs = ops.sparse_ffn.make_inputs(generator, type="Q8_0", tokens=2, neurons=431, width=640, density=0.3)
+    inputs = op.make_inputs(generator, **case)
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(ops.sparse_ffn.implementation("cpu")(**inputs))
+            results.append(op.implementation("cpu")(**copy.deepcopy(inputs)))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
@@ -166,6 +179,12 @@ WRONG_INPUTS: list[tuple[Op, dict[str, Any]]] = [
     (ops.sparse_ffn, {"down": QuantTensor.from_dense(torch.zeros(5, 123))}),
     (ops.sparse_ffn, {"up": QuantTensor.from_dense(torch.zeros(23, 5))}),
     (ops.sparse_ffn, {"activation": "swish"}),
+    (ops.sparse_ffn, {"active": Active(torch.arange(50, dtype=torch.int32), torch.full((1,), 50, dtype=torch.int32))}),
+    (ops.tally, {"totals": torch.zeros(4, dtype=torch.int64)[::2]}),
+    (ops.embed, {"ids": torch.tensor([99])}),
+    (ops.rope, {"start": torch.tensor([5])}),
+    (ops.attention, {"start": torch.tensor([9])}),
+    (ops.top_k, {"k": 0}),
     (ops.sparse_ffn, {"active": Active(torch.zeros(23, dtype=torch.int64), torch.zeros(1, dtype=torch.int32))}),
 ]
 
@@ -178,7 +197,7 @@ def test_inputs_that_do_not_belong_together_are_refused(
     if backend == "cpu" and core_problem():
         pytest.skip(f"no CPU core: {core_problem()}")
     inputs = op.make_inputs(generator, **op.cases[0]) | wrong
-    with pytest.raises(ValueError, match=r"expected|must be|none of"):
+    with pytest.raises(ValueError, match=r"expected|must be|none of|rows|pass the table|do not fit"):
         op.implementation(backend)(**inputs)
 
 
@@ -190,6 +209,17 @@ def test_a_nan_score_is_active_and_nothing_scores_nothing(backend: str) -> None:
     active = select(torch.tensor([[0.0, float("nan"), 2.0]]), torch.tensor([1.0]))
     assert active.indices[: int(active.count)].tolist() == [1, 2]
     assert int(select(torch.zeros(1, 0), torch.zeros(1)).count) == 0
+
+
+@pytest.mark.parametrize("peak", [0.0, 1e-40, 1e-36, 2e-36, 1.0, 9e29, 2e30, 2e38, float("inf"), float("nan")])
+def test_int8_rounding_is_the_references_at_the_extremes(peak: float) -> None:
+    if core_problem():
+        pytest.skip(f"no CPU core: {core_problem()}")
+    x = torch.linspace(-1, 1, 64)[None].double().mul(peak).float()
+    weight = QuantTensor(torch.zeros(1, 68, dtype=torch.uint8), BY_NAME["Q8_0"], 64)
+    weight.blocks[:, 1::34], weight.blocks[:, 2] = 0x3C, 1  # scale 1; one weight is 1, the others 0
+    expected = ops.quant_matmul.reference(x, weight, int8=True)
+    torch.testing.assert_close(ops.quant_matmul.implementation("cpu")(x, weight, int8=True), expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -351,12 +351,15 @@ def test_only_the_pages_that_are_used_count(tmp_path: Path) -> None:
         assert resident(model) - after > 0.9 * down_bytes
 
 
-def test_the_fingerprint_changes_with_header_and_weights(tmp_path: Path) -> None:
-    def of(**options: Any) -> str:
-        with GGUFFile.open(write_tiny_llama(tmp_path / "m.gguf", **options)) as file:
+def test_the_fingerprint_changes_with_header_weights_and_time(tmp_path: Path) -> None:
+    def of(changed_ns: int = 10**18, **options: Any) -> str:
+        path = write_tiny_llama(tmp_path / "m.gguf", **options)
+        os.utime(path, ns=(0, changed_ns))
+        with GGUFFile.open(path) as file:
             return fingerprint(file)
 
     assert of() == of()
+    assert of() != of(10**18 + 1), "what lies between the samples may have been edited in place"
     assert len({of(), of(seed=1), of(activation="silu"), of(weight_type="F16"), of(d_ffn=128)}) == 5
 
 

@@ -11,7 +11,9 @@ from pinfer import sparsify
 from pinfer.config import RunConfig
 from pinfer.engine import Engine, load_engine
 from pinfer.engine.step import DecodeStep
+from pinfer.kernels import ops
 from pinfer.kernels.cpp import core_problem
+from pinfer.kernels.registry import use_int8
 from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
 
 pytestmark = pytest.mark.skipif(core_problem() is not None, reason=f"no CPU core: {core_problem()}")
@@ -21,6 +23,7 @@ RUNS = [
     {"method": "exact", "activation": "relu"},
     {"method": "gate_threshold", "sparsity": 0.4},
     {"method": "exact", "activation": "relu", "cold_fraction": 0.5},
+    {"method": "low_rank", "activation": "relu", "predictor_rank": 32},
 ]
 
 
@@ -30,12 +33,13 @@ def engine_for(path: Path, precision: str = "int8", **run: object) -> Engine:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("precision", ["int8", "float32"])
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_recorded_steps_equal_plain_ones_bit_for_bit(
-    tmp_path: Path, family: str, precision: str, run: dict[str, object]
+    tmp_path: Path, family: str, precision: str, run: dict[str, object], threads: int
 ) -> None:
     write = write_tiny_llama if family == "llama" else write_tiny_gemma3
-    engine = engine_for(write(tmp_path / "m.gguf"), precision, **run)
+    engine = engine_for(write(tmp_path / "m.gguf"), precision, threads=threads, **run)
     with engine.computing():
         plain_cache, cache = engine.model.new_cache(), engine.model.new_cache()
         step = DecodeStep(engine.model, cache)
@@ -65,6 +69,17 @@ def test_activity_is_counted_by_recorded_steps(tmp_path: Path) -> None:
     assert counts[0][0][1] == len(TOKENS)
 
 
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+def swallowed(x: torch.Tensor) -> torch.Tensor:
+    try:
+        return x * 2
+    except RuntimeError:
+        return x
+
+
 @pytest.mark.parametrize(
     "outside",
     [
@@ -73,6 +88,11 @@ def test_activity_is_counted_by_recorded_steps(tmp_path: Path) -> None:
         lambda x: x.clone().mul_(2),
         lambda x: torch.nn.functional.silu(x),
         lambda x: x[torch.tensor([0])],
+        lambda x: x[:, torch.arange(x.shape[1] - 1, -1, -1)],
+        lambda x: x[[0]],
+        lambda x: swallowed(x),
+        lambda x: x.view(1, -1, 2).transpose(1, 2).reshape(1, -1),
+        torch.jit.script(doubled),
         lambda x: x.float().contiguous() @ torch.eye(x.shape[1]),
         lambda x: x * float(x.sum() > 0),
     ],
@@ -94,6 +114,47 @@ def test_torch_arithmetic_between_ops_leaves_the_step_unrecorded_and_right(tmp_p
     assert not step.recorded
     assert step.reason is not None
     assert sparsify.layer_densities(engine.model)[0].tokens == 2 * len(TOKENS), "the attempt to record counts nothing"
+
+
+def test_what_an_op_has_to_copy_leaves_the_step_unrecorded(tmp_path: Path) -> None:
+    engine = engine_for(write_tiny_llama(tmp_path / "m.gguf"), method="dense")
+    inner = engine.model.blocks[1].ffn
+
+    class Interleaved(torch.nn.Module):
+        def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+            halves = inner(x, residual).view(1, -1, 2).transpose(1, 2)  # a view that is not contiguous
+            return ops.add(halves, halves).view(1, -1)
+
+    engine.model.blocks[1].ffn = Interleaved()
+    with engine.computing():
+        plain_cache, cache = engine.model.new_cache(), engine.model.new_cache()
+        step = DecodeStep(engine.model, cache)
+        for token in TOKENS:
+            assert torch.equal(step(token), engine.model(torch.tensor([token]), plain_cache))
+    assert not step.recorded
+    assert "copy" in str(step.reason)
+
+
+def test_a_model_with_hooks_is_not_recorded_and_its_hooks_see_every_token(tmp_path: Path) -> None:
+    engine = engine_for(write_tiny_llama(tmp_path / "m.gguf"), method="dense")
+    seen: list[torch.Tensor] = []
+    engine.model.blocks[0].ffn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with engine.computing():
+        step = DecodeStep(engine.model, engine.model.new_cache())
+        for token in TOKENS:
+            step(token)
+    assert len(seen) == len(TOKENS)
+    assert "hooks" in str(step.reason)
+
+
+def test_other_conditions_record_anew(tmp_path: Path) -> None:
+    engine = engine_for(write_tiny_llama(tmp_path / "m.gguf"), "float32", method="dense")
+    plain_cache, cache = engine.model.new_cache(), engine.model.new_cache()
+    step = DecodeStep(engine.model, cache)
+    for i, token in enumerate(TOKENS):
+        with engine.computing(), use_int8(i >= 4):
+            assert torch.equal(step(token), engine.model(torch.tensor([token]), plain_cache))
+    assert step.recorded
 
 
 def test_another_backend_is_not_recorded(tmp_path: Path) -> None:

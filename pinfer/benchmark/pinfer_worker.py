@@ -12,6 +12,7 @@ import pinfer
 from pinfer.benchmark.llama_cpp_worker import peak_rss_bytes, serve
 from pinfer.config import RunConfig, SamplingConfig
 from pinfer.engine import Generation, GenerationStats, load_engine
+from pinfer.sparsify import predictor_bytes
 
 GREEDY = SamplingConfig(temperature=0)
 
@@ -26,6 +27,7 @@ class Pinfer:
         self.about: dict[str, Any] = {
             "threads": torch.get_num_threads(),
             "method": self._engine.method,
+            "predictor_bytes": predictor_bytes(self._engine.model),
             "version": f"pinfer {pinfer.__version__}",
         }
 

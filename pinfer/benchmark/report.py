@@ -93,12 +93,12 @@ def contestant_report(
 ) -> ContestantReport:
     """Figures of one contestant from its `turns` and the baseline's, one a round.
 
-    about: what its worker says of itself: version, and method where it is not dense by nature.
+    about: what its worker says of itself: version, and method and predictor_bytes where it is not dense by nature.
     """
     prefill = [turn.prefill_tokens_per_s for turn in turns]
     decode = [turn.decode_tokens_per_s for turn in turns]
     density = float(np.median([turn.density for turn in turns]))
-    step_bytes = step.needed(about.get("method", "dense"), density)
+    step_bytes = step.needed(about.get("method", "dense"), density, about.get("predictor_bytes", 0))
     decode_bytes_per_s = step_bytes * Spread.of(decode).p50
     return ContestantReport(
         name=name,

@@ -37,14 +37,14 @@ class StepBytes:
         """What a step of the whole model reads."""
         return self.other + self.gate + self.rest
 
-    def needed(self, method: str, density: float) -> float:
-        """An estimate of what a step of `method` needs: the FFN scaled by density, the gate whole where it predicts.
+    def needed(self, method: str, density: float, predictor: int = 0) -> float:
+        """An estimate of what a step of `method` needs: the FFN scaled by density, and what it predicts with.
 
-        It goes by the file's types: the sparse path's own copy of `down` may be larger. A predictor
-        with weights of its own is not counted.
+        That is the whole gate, or `predictor` bytes of a predictor's own weights. It goes by the file's
+        types: the sparse path's own copy of `down` may be larger.
         """
         if method == "dense":
             return self.dense
         if method in WHOLE_GATE:
             return self.other + self.gate + density * self.rest
-        return self.other + density * (self.gate + self.rest)
+        return self.other + predictor + density * (self.gate + self.rest)

@@ -250,6 +250,7 @@ def _figures(engine: Engine, generation: Generation) -> dict[str, Any]:
         "decoded_tokens": stats.decoded_tokens,
         "tokens_per_s": stats.tokens_per_s,
         "density": stats.density,
+        "recorded": stats.unrecorded is None,
         "peak_rss_bytes": stats.peak_rss_bytes,
         "vram_bytes": 0,
     }

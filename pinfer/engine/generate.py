@@ -35,6 +35,7 @@ class GenerationStats:
     decode_s: float
     density: float
     peak_rss_bytes: int
+    unrecorded: str | None  # why decode steps were not repeated from a recording, which is slower
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -85,7 +86,7 @@ class Generation:
         self._detokenizer = engine.tokenizer.stream(after=prompt)
         self._cache = engine.model.new_cache() if before is None else before.hand_over(prompt)
         self._decode_step = DecodeStep(engine.model, self._cache)
-        self._started = False
+        self._state: Literal["new", "running", "done", "handed over"] = "new"
         self.prompt = list(prompt)
         self.ids: list[int] = []
         self.text = ""
@@ -96,9 +97,15 @@ class Generation:
         self._prompt_s = self._decode_s = 0.0
 
     def __iter__(self) -> Iterator[str]:
-        if self._started:
+        if self._state != "new":
             raise RuntimeError("a generation runs once; make another to run again")
-        self._started = True
+        self._state = "running"
+        try:
+            yield from self._run()
+        finally:  # an interrupted one may be continued as well
+            self._state = "done"
+
+    def _run(self) -> Iterator[str]:
         sparsify.reset_activity(self._engine.model)
         logits = self._prefill()
         if self._limit > 0:
@@ -111,12 +118,17 @@ class Generation:
     def hand_over(self, prompt: Sequence[int]) -> KVCache:
         """This generation's cache for one whose prompt goes on from it; this one cannot run again.
 
-        ValueError unless the prompt repeats every token the cache holds and has one more.
+        ValueError unless the prompt repeats every token the cache holds and has one more, and for a
+        generation that is still running or has handed its cache over before.
         """
+        if self._state == "running":
+            raise ValueError("the earlier generation is still running")
+        if self._state == "handed over":
+            raise ValueError("the earlier generation has handed its cache over already")
         held = (self.prompt + self.ids)[: self._cache.length]
         if len(prompt) <= len(held) or list(prompt[: len(held)]) != held:
             raise ValueError("the prompt does not continue the earlier generation")
-        self._started = True
+        self._state = "handed over"
         return self._cache
 
     def _prefill(self) -> torch.Tensor:
@@ -180,6 +192,7 @@ class Generation:
             decode_s=self._decode_s,
             density=sparsify.density(self._engine.model),
             peak_rss_bytes=peak_rss_bytes(),
+            unrecorded=self._decode_step.reason if self._steps else None,
         )
 
 

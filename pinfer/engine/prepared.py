@@ -117,7 +117,7 @@ class Prepared:
                 return opened(path)
             except FileNotFoundError:
                 continue
-            except (OSError, ValueError, SafetensorError) as problem:
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as problem:
                 problems.append(f"{_said(problem, path)}: it is made again")
         self.notes += problems
         return None

@@ -6,6 +6,7 @@ import torch
 
 from pinfer.kernels.cpp import core_available
 from pinfer.kernels.cpp.program import NotRecordable, Program, record
+from pinfer.kernels.registry import settings
 from pinfer.models import KVCache, Transformer
 from pinfer.sparsify import activities
 
@@ -13,16 +14,23 @@ from pinfer.sparsify import activities
 class DecodeStep:
     """Runs a model on single tokens after a cache's. The first call records a program, later ones repeat it.
 
-    A model that computes outside of the registry's ops is run as usual each time; `reason` then says why.
-    Calls belong under the same backend and int8 settings and the same number of threads.
+    The second call does both, the program and the plain model, and keeps the program only if they agree
+    bit for bit. A model that computes outside of the registry's ops, or has forward hooks, is run as
+    usual each time; `reason` then says why. Another backend, precision or number of threads records anew.
+    What a recorded model reads must be changed in place: tensors and modules that are replaced later are
+    not seen by this step, but by the next.
     """
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self._model, self._cache = model, cache
         self._token = torch.zeros(1, dtype=torch.int64)
         self._program: Program | None = None
-        self._logits: torch.Tensor | None = None
-        self.reason: str | None = None if core_available() else "there is no C++ core"
+        self._recorded_under: object = None
+        self._proven = False
+        self._logits = torch.empty(0)
+        self.reason = None if core_available() else "there is no C++ core"
+        for rope in model.ropes:
+            rope.reserve(cache.context)  # its table must not move while a program reads it
 
     @property
     def recorded(self) -> bool:
@@ -37,26 +45,55 @@ class DecodeStep:
         if not 0 <= token < self._model.embedding.rows:
             raise ValueError(f"token {token} is outside the vocabulary of {self._model.embedding.rows}")
         self._token.fill_(token)
-        if self._program is not None and self._logits is not None:
+        if self._program is None or self._recorded_under != _conditions():
+            logits = self._record() if self.reason is None else self._plain()
+        elif not self._proven:
+            logits = self._prove(self._program)
+        else:
             self._program.run()
-            cache.length = length + 1
-            return self._logits
-        return self._first()
+            logits = self._logits
+        cache.length = length + 1
+        return logits
 
-    def _first(self) -> torch.Tensor:
-        if self.reason is None:
-            for rope in self._model.ropes:
-                rope.reserve(self._cache.context)  # the table must not move later
-            counted = [(activity, activity.totals.clone()) for activity in activities(self._model)]
-            try:
-                with record(torch.get_num_threads()) as program:
-                    self._logits = self._model.compute(self._token, self._cache)
-            except NotRecordable as problem:
-                self.reason = str(problem)
-                for activity, totals in counted:  # layers before the problem have counted this token
-                    activity.totals.copy_(totals)
-            else:
-                self._program = program
-                self._cache.length += 1
-                return self._logits
-        return self._model(self._token, self._cache)
+    def _plain(self) -> torch.Tensor:
+        return self._model.compute(self._token, self._cache)
+
+    def _record(self) -> torch.Tensor:
+        counted = _counts(self._model)
+        self._program, self._proven = None, False
+        try:
+            if any(module._forward_hooks or module._forward_pre_hooks for module in self._model.modules()):
+                raise NotRecordable("the model has forward hooks, which a program would not call")
+            with record(torch.get_num_threads()) as program:
+                self._logits = self._plain()
+        except NotRecordable as problem:
+            self.reason = str(problem)
+            _restore(counted)  # layers before the problem have counted this token
+            return self._plain()
+        self._program, self._recorded_under = program, _conditions()
+        return self._logits
+
+    def _prove(self, program: Program) -> torch.Tensor:
+        """Both ways, on a token other than the recorded one's place: what was missed in recording shows here."""
+        counted = _counts(self._model)
+        program.run()
+        _restore(counted)
+        logits = self._plain()
+        if torch.equal(logits, self._logits):
+            self._proven = True
+        else:
+            self._program, self.reason = None, "the recorded step does not repeat what the model computes"
+        return logits
+
+
+def _conditions() -> tuple[object, ...]:
+    return (*settings(), torch.get_num_threads())
+
+
+def _counts(model: Transformer) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(activity.totals, activity.totals.clone()) for activity in activities(model)]
+
+
+def _restore(counted: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for totals, before in counted:
+        totals.copy_(before)

@@ -56,6 +56,11 @@ def use_int8(enabled: bool = True) -> Iterator[None]:
         _int8.reset(token)
 
 
+def settings() -> tuple[str, bool]:
+    """The forced backend, or auto, and whether activations are rounded to int8, at this point."""
+    return _forced.get(), _int8.get()
+
+
 @contextlib.contextmanager
 def observe_ops(observer: Observer) -> Iterator[None]:
     """Enter `observer(op)` around every op call of the block; recording a program does."""

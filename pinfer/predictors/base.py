@@ -32,6 +32,11 @@ class Predictor(nn.Module, ABC):
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> Prediction:
         """x: float32 [T, D], the FFN's normed input; residual: float32 [T, D], the same before the norm."""
 
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of weights that a prediction reads and the FFN does not have: 0 for those that read the gate."""
+        return 0
+
     @abstractmethod
     def shard(self, neurons: torch.Tensor) -> Predictor:
         """The same predictor for some of the neurons (int64 [H]), numbered in that order."""

@@ -1,4 +1,4 @@
-"""exact: computes the whole gate and skips the neurons whose activation is zero. Lossless, for ReLU models."""
+"""exact: computes the whole gate and skips the neurons whose activation is zero. Skips nothing that counts, for ReLU models."""
 
 from __future__ import annotations
 

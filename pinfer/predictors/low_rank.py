@@ -114,6 +114,10 @@ class LowRank(Predictor):
         self.first, self.second, self.threshold = first, second, threshold
         self.activation, self.by_magnitude, self.quality = activation, by_magnitude, quality
 
+    @property
+    def own_bytes(self) -> int:
+        return self.first.nbytes + self.second.nbytes
+
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> Prediction:
         return predict_above(self.scores(x), self.threshold, None)
 

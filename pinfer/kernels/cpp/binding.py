@@ -198,6 +198,10 @@ class _Step(ctypes.Structure):
     _fields_ = (("kind", c_int32), ("arguments", c_void_p))
 
 
+class NotRecordable(RuntimeError):
+    """Something was computed outside the core, which a program would not repeat; the message names it."""
+
+
 # Told of every step that runs; see program.py.
 _listener: ContextVar[Callable[[Arguments, tuple[object, ...]], None] | None] = ContextVar("pinfer_steps", default=None)
 
@@ -249,7 +253,18 @@ def floats(tensor: torch.Tensor) -> torch.Tensor:
     """Contiguous float32 on the CPU, without a copy where it is that already."""
     if tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous():
         return tensor
-    return tensor.to(device="cpu", dtype=torch.float32).contiguous()
+    return _copied(tensor.to(device="cpu", dtype=torch.float32))
+
+
+def contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with its elements side by side, without a copy where they are already."""
+    return tensor if tensor.is_contiguous() else _copied(tensor)
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    if _listener.get() is not None:  # a program would keep this step's copy
+        raise NotRecordable(f"an op was given {tensor.dtype} {list(tensor.shape)} that it had to copy")
+    return tensor.contiguous()
 
 
 ALIGNMENT = 64

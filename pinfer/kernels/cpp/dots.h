@@ -255,9 +255,9 @@ inline float round_block(const float* x, int8_t* q) {
         peak = v > peak || v != v ? v : peak;  // a NaN must not vanish
     }
     const float d = peak / 127.0f, inverse = peak != 0 ? 127.0f / peak : 0.0f;
-    if (!(peak < 1e38f) || inverse > 1e38f) {  // infinite, NaN, or too small to divide by
-        for (int i = 0; i < COUNT; ++i) q[i] = peak < 1e38f ? 0 : 1;
-        return peak < 1e38f ? 0.0f : peak * 0.0f / 0.0f;
+    if (!(peak < 1e30f) || inverse > 1e38f) {  // too large to add up, infinite, NaN, or too small to divide by
+        for (int i = 0; i < COUNT; ++i) q[i] = peak < 1e30f ? 0 : 1;
+        return peak < 1e30f ? 0.0f : __builtin_nanf("");
     }
     for (int i = 0; i < COUNT; ++i) {
         const float magic = 12582912.0f;  // adding 1.5 · 2^23 rounds to the nearest, ties to even

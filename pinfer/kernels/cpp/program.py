@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch.overrides import TorchFunctionMode
 
-from pinfer.kernels.cpp.binding import Arguments, listening, steps
+from pinfer.kernels.cpp.binding import Arguments, NotRecordable, listening, steps
 from pinfer.kernels.cpp.build import load_core
 from pinfer.kernels.registry import Op, observe_ops
 
@@ -23,10 +22,6 @@ _HARMLESS = {
     "__get__", "__getitem__", "__iter__", "__len__", "data_ptr", "detach", "dim", "empty", "expand", "is_contiguous",
     "numel", "permute", "select", "size", "split", "squeeze", "stride", "t", "transpose", "unbind", "unsqueeze", "view",
 }  # fmt: skip
-
-
-class NotRecordable(RuntimeError):
-    """Something was computed outside the core, which a program would not repeat; the message names it."""
 
 
 class Program:
@@ -55,29 +50,38 @@ class Program:
 
 
 class _Watch(TorchFunctionMode):
-    """Raises NotRecordable for torch arithmetic outside of ops.
+    """Raises NotRecordable for torch arithmetic outside of ops, and remembers it if that is caught.
 
-    A dispatch mode would see more, but its first use imports 75 MB of torch's compiler.
+    A dispatch mode would see more, but its first use imports 75 MB of torch's compiler. What this one
+    cannot see (compiled functions, copies made inside C++) `DecodeStep` catches by comparing.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.inside_op = False
+        self.problem: str | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", str(func))
         # Indexing makes a view only where nothing is gathered.
-        gathers = name == "__getitem__" and any(isinstance(one, torch.Tensor) for one in args[1:])
+        gathers = name == "__getitem__" and not _is_slicing(args[1])
         if not self.inside_op and (name not in _HARMLESS or gathers):
-            raise NotRecordable(f"torch's {name} is no op of the registry")
+            self.problem = f"torch's {name} is no op of the registry"
+            raise NotRecordable(self.problem)
         return func(*args, **(kwargs or {}))
+
+
+def _is_slicing(index: Any) -> bool:
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is None or part is Ellipsis or type(part) in (int, slice) for part in parts)
 
 
 @contextmanager
 def record(threads: int) -> Iterator[Program]:
     """The ops of the block, which run as usual, as a Program for `threads` threads.
 
-    NotRecordable if torch computes anything outside of ops, or if an op does not run on the core.
+    NotRecordable if torch is seen to compute outside of ops, or if an op does not run on the core, or
+    copies what it is given (a copy is of this step's values).
     """
     program, watch = Program(threads), _Watch()
 
@@ -94,3 +98,5 @@ def record(threads: int) -> Iterator[Program]:
 
     with listening(program.append), observe_ops(inside), watch:
         yield program
+    if watch.problem is not None:
+        raise NotRecordable(watch.problem)

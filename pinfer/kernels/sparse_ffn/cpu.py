@@ -35,7 +35,7 @@ def sparse_ffn(
         return _through_gemm(x, gate, up, down, active, activation, mask, gate_values, int8)
     tokens = x.shape[0]
     out, hidden = torch.empty(tokens, down.columns), torch.empty(gate.rows, tokens)
-    bytes_mask = None if mask is None else mask.contiguous().view(torch.uint8)
+    bytes_mask = None if mask is None else binding.contiguous(mask).view(torch.uint8)
     memory = binding.scratch(tokens, gate.columns, copies=2) if int8 else None
     arguments = binding.SparseFFN(
         matrix(gate), matrix(up), matrix(down), pointer(x), tokens, pointer(active.indices), pointer(active.count),

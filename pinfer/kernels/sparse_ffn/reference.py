@@ -76,3 +76,5 @@ def check_inputs(
             raise ValueError(f"{name} is {values.dtype} {list(values.shape)}, expected {dtype} {per_token}")
     if active.indices.dtype != torch.int32 or not active.indices.is_contiguous() or active.count.dtype != torch.int32:
         raise ValueError("the active list must be contiguous int32 indices with an int32 count")
+    if active.indices.numel() != gate.rows:
+        raise ValueError(f"the active list is made for {active.indices.numel()} neurons, expected gate's {gate.rows}")
