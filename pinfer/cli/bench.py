@@ -79,7 +79,9 @@ def print_report(report: Report) -> None:
     # Figures are never cut: where the window is narrower, the terminal wraps the lines.
     out.width = max(out.width, Measurement.get(out, out.options.update(width=UNBOUNDED), table).maximum)
     out.print(table)
-    out.print("GB/s: weights a step needs; where sparse, an estimate: the predictor or the gate, and density x the rest of the FFN")
+    out.print(
+        "GB/s: weights a step needs; where sparse, an estimate: the predictor or the gate, and density x the rest of the FFN"
+    )
 
 
 def _bandwidth(report: Report) -> str:

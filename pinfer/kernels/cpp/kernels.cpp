@@ -11,7 +11,7 @@ namespace PINFER_NAMESPACE {
 
 constexpr int64_t GEMM_FROM_TOKENS = 6;     // below it, unpacking for each token costs less than a panel
 constexpr int64_t PIECE_BYTES = 32 * 1024;  // of weights handed out at a time
-constexpr int NEURON_PIECE = 32;            // listed neurons handed out at a time
+constexpr int64_t NEURON_PIECE = 128;       // listed neurons handed out at a time, at most
 constexpr int MANY_TOKENS = 16;             // tokens of one sparse pass over the rows
 
 // ---- weights as floats ---------------------------------------------------------------------------
@@ -221,7 +221,9 @@ void sparse_ffn(Team& team, const pinfer_sparse_ffn_arguments& a) {
         const bool shared = !a.gate_values && a.up.type == a.gate.type;
         up_in = shared ? gate_in : pack_tokens(team, a.up, a.x, a.tokens, a.int8, second);
     }
-    team.share(count, NEURON_PIECE,
+    // Long pieces, as each begins with rows that nothing has read ahead; some for each thread.
+    const int64_t fair = larger<int64_t>(count / (4 * team.size) / R * R, 32);
+    team.share(count, smaller(fair, NEURON_PIECE),
                [&](int64_t first, int64_t last) { hidden_values(a, gate_in, up_in, first, last); });
     team.barrier();
     add_rows(team, a.down, a.hidden, a.tokens, count, a.y, [&](int64_t k) { return int64_t(a.indices[k]); });
