@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pinfer.kernels.cpp.binding import contiguous, Embed, matrix, pointer, run
+from pinfer.kernels.cpp.binding import Embed, contiguous, matrix, pointer, run
 from pinfer.kernels.embed.reference import check_inputs
 from pinfer.quant import QuantTensor
 

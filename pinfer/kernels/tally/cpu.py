@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pinfer.kernels.cpp.binding import contiguous, Tally, pointer, run
+from pinfer.kernels.cpp.binding import Tally, contiguous, pointer, run
 from pinfer.kernels.select_active.reference import Active
 from pinfer.kernels.tally.reference import check_inputs
 
