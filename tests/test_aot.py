@@ -26,6 +26,7 @@ def compiled(target: str) -> list[dict[str, object]]:
 @pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89", "sm_90", "gfx942"])
 def test_kernels_compile_without_spills(target: str) -> None:
     rows = compiled(target)
-    assert {row["op"] for row in rows} == {op.name for op in ops.OPS} | ({"control"} if "sm" in target else set())
+    compiled_ops = {op.name for op in ops.OPS if op.triton is not None}
+    assert {row["op"] for row in rows} == compiled_ops | ({"control"} if "sm" in target else set())
     assert [row["kernel"] for row in rows if row["spills"] and row["op"] != "control"] == []
     assert all(row["spills"] for row in rows if row["op"] == "control"), "a starved kernel must be seen to spill"

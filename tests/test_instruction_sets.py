@@ -39,11 +39,11 @@ def instruction_set(request: pytest.FixtureRequest, core: ctypes.CDLL) -> Iterat
     core.pinfer_use(before)
 
 
-@pytest.mark.parametrize(("op", "case"), all_cases())
+@pytest.mark.parametrize(("op", "case", "backend"), [one for one in all_cases() if one.values[2] == "cpu"])
 def test_every_set_agrees_with_the_reference(
-    op: Op, case: dict[str, Any], instruction_set: str, generator: torch.Generator, poisoned_memory: None
+    op: Op, case: dict[str, Any], backend: str, instruction_set: str, generator: torch.Generator, poisoned_memory: None
 ) -> None:
-    assert agrees(op, "cpu", op.make_inputs(generator, **case))
+    assert agrees(op, backend, op.make_inputs(generator, **case))
 
 
 def test_the_named_set_is_in_use(core: ctypes.CDLL, instruction_set: str) -> None:
