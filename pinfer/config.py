@@ -147,6 +147,7 @@ class RunConfig:
     predictor_rank: int = 128
     recall: float = 0.99
     numa: Numa = "none"
+    record: bool = True
 
     def __post_init__(self) -> None:
         if self.context is not None:

@@ -226,6 +226,18 @@ def test_int8_rounding_is_the_references_at_the_extremes(peak: float) -> None:
     torch.testing.assert_close(ops.quant_matmul.implementation("cpu")(x, weight, int8=True), expected, equal_nan=True)
 
 
+@pytest.mark.parametrize(("indices", "count"), [([0] * 23, 24), ([0] * 23, -1), ([23] * 23, 1), ([-1] * 23, 1)])
+def test_the_core_refuses_a_list_of_neurons_that_are_not_there(
+    indices: list[int], count: int, generator: torch.Generator
+) -> None:
+    if core_problem():
+        pytest.skip(f"no CPU core: {core_problem()}")
+    inputs = ops.sparse_ffn.make_inputs(generator, type="Q8_0", tokens=1, neurons=23, width=64, density=0.5)
+    wrong = Active(torch.tensor(indices, dtype=torch.int32), torch.tensor([count], dtype=torch.int32))
+    with pytest.raises(ValueError, match="active list"):
+        ops.sparse_ffn.implementation("cpu")(**{**inputs, "active": wrong})
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("at", [0, 70, 99])

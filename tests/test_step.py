@@ -178,3 +178,21 @@ def test_a_step_past_the_cache_or_the_vocabulary_is_refused(tmp_path: Path) -> N
             step(token)
         with pytest.raises(ValueError, match="do not fit the context of 4"):
             step(1)
+
+
+def test_without_recording_a_models_python_runs_at_every_token(tmp_path: Path) -> None:
+    engine = engine_for(write_tiny_llama(tmp_path / "m.gguf"), method="dense")
+    inner, seen = engine.model.blocks[0].ffn, []
+
+    class Watched(torch.nn.Module):
+        def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+            seen.append(1)
+            return inner(x, residual)
+
+    engine.model.blocks[0].ffn = Watched()
+    with engine.computing():
+        step = DecodeStep(engine.model, engine.model.new_cache(), record=False)
+        for token in TOKENS:
+            step(token)
+    assert len(seen) == len(TOKENS)
+    assert "switched off" in str(step.reason)

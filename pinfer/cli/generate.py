@@ -24,7 +24,10 @@ GpuLayers = Annotated[
 GpuMemory = Annotated[
     float | None, typer.Option("--gpu-memory-gb", "--vram-budget", help="GPU memory to use, GB (no effect yet).")
 ]
-Threads = Annotated[int | None, typer.Option("-t", "--threads", help="CPU threads; the physical cores if left out.")]
+Threads = Annotated[
+    int | None,
+    typer.Option("-t", "--threads", help="CPU threads; if left out the physical cores, or 1 for models below 32 MB."),
+]
 Temperature = Annotated[float, typer.Option("--temp", help="Temperature; 0 is greedy.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Nucleus mass; 1 is off.")]
 TopK = Annotated[int, typer.Option("--top-k", help="Best k tokens; 0 is off.")]
@@ -42,6 +45,7 @@ Sparsity = Annotated[
     float | None, typer.Option("--sparsity", help="Share to skip with gate_threshold or low_rank, such as 0.5.")
 ]
 PredictorRank = Annotated[int, typer.Option("--predictor-rank", help="Rank of low_rank, a multiple of 32.")]
+Record = Annotated[bool, typer.Option("--record/--no-record", help="Repeat decode steps from a recording.")]
 Recall = Annotated[float, typer.Option("--recall", help="Share of active neurons that low_rank is to catch.")]
 ColdFraction = Annotated[float, typer.Option("--cold-fraction", help="Share of neurons on a second shard.")]
 ActivationOption = Annotated[Activation | None, typer.Option("--activation", help="Override the file's activation.")]
@@ -77,6 +81,7 @@ def generate(
     sparsity: Sparsity = None,
     predictor_rank: PredictorRank = 128,
     recall: Recall = 0.99,
+    record: Record = True,
     cold_fraction: ColdFraction = 0.0,
     activation: ActivationOption = None,
     backend: BackendOption = "auto",
@@ -106,6 +111,7 @@ def generate(
         sampling=sampling,
         predictor_rank=predictor_rank,
         recall=recall,
+        record=record,
         numa=numa,
     )
     if n_predict < -1:

@@ -85,7 +85,7 @@ class Generation:
         self._stop = StopStrings(stop)
         self._detokenizer = engine.tokenizer.stream(after=prompt)
         self._cache = engine.model.new_cache() if before is None else before.hand_over(prompt)
-        self._decode_step = DecodeStep(engine.model, self._cache)
+        self._decode_step = DecodeStep(engine.model, self._cache, record=engine.run.record)
         self._state: Literal["new", "running", "done", "handed over"] = "new"
         self.prompt = list(prompt)
         self.ids: list[int] = []

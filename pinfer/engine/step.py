@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from pinfer.kernels.cpp import core_available
-from pinfer.kernels.cpp.program import NotRecordable, Program, record
+from pinfer.kernels.cpp import program as programs
+from pinfer.kernels.cpp.program import NotRecordable, Program
 from pinfer.kernels.registry import settings
 from pinfer.models import KVCache, Transformer
 from pinfer.sparsify import activities
@@ -18,10 +19,11 @@ class DecodeStep:
     bit for bit. A model that computes outside of the registry's ops, or has forward hooks, is run as
     usual each time; `reason` then says why. Another backend, precision or number of threads records anew.
     What a recorded model reads must be changed in place: tensors and modules that are replaced later are
-    not seen by this step, but by the next.
+    not seen by this step, but by the next. Python between its ops is not run again: branches, counters
+    and prints stay as they were while recording. `record` False runs the model as usual throughout.
     """
 
-    def __init__(self, model: Transformer, cache: KVCache) -> None:
+    def __init__(self, model: Transformer, cache: KVCache, *, record: bool = True) -> None:
         self._model, self._cache = model, cache
         self._token = torch.zeros(1, dtype=torch.int64)
         self._program: Program | None = None
@@ -29,6 +31,8 @@ class DecodeStep:
         self._proven = False
         self._logits = torch.empty(0)
         self.reason = None if core_available() else "there is no C++ core"
+        if not record:
+            self.reason = "recording is switched off"
         for rope in model.ropes:
             rope.reserve(cache.context)  # its table must not move while a program reads it
 
@@ -64,7 +68,7 @@ class DecodeStep:
         try:
             if any(module._forward_hooks or module._forward_pre_hooks for module in self._model.modules()):
                 raise NotRecordable("the model has forward hooks, which a program would not call")
-            with record(torch.get_num_threads()) as program:
+            with programs.record(torch.get_num_threads()) as program:
                 self._logits = self._plain()
         except NotRecordable as problem:
             self.reason = str(problem)

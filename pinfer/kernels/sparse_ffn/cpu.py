@@ -33,6 +33,7 @@ def sparse_ffn(
     gate_values = None if gate_values is None else floats(gate_values)
     if x.shape[0] > MANY_TOKENS:
         return _through_gemm(x, gate, up, down, active, activation, mask, gate_values, int8)
+    _check_list(active, gate.rows)
     tokens = x.shape[0]
     out, hidden = torch.empty(tokens, down.columns), torch.empty(gate.rows, tokens)
     bytes_mask = None if mask is None else binding.contiguous(mask).view(torch.uint8)
@@ -45,6 +46,16 @@ def sparse_ffn(
     kept = (gate.blocks, None if up is None else up.blocks, down.blocks, x, active, bytes_mask, gate_values)
     binding.run(arguments, 3 * int(active.count) * x.numel(), *kept, out, hidden, memory)
     return out
+
+
+def _check_list(active: Active, neurons: int) -> None:
+    """ValueError for a list that names what is not there: the core would read past the weights."""
+    count = int(active.count)
+    if not 0 <= count <= neurons:
+        raise ValueError(f"the active list counts {count} neurons, expected 0 to {neurons}")
+    listed = active.indices[:count]
+    if count and not (int(listed.min()) >= 0 and int(listed.max()) < neurons):
+        raise ValueError(f"the active list names neurons {int(listed.min())} to {int(listed.max())} of {neurons}")
 
 
 def _through_gemm(
