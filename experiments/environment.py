@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import pinfer
+from pinfer.benchmark.environment import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,7 +24,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "machine": platform.machine(),
     }
 
@@ -34,11 +35,3 @@ def _git(*arguments: str) -> str | None:
     except OSError:
         return None
     return run.stdout.strip() or None
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")

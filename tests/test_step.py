@@ -69,6 +69,16 @@ def test_activity_is_counted_by_recorded_steps(tmp_path: Path) -> None:
     assert counts[0][0][1] == len(TOKENS)
 
 
+def step_that_follows_the_model(engine: Engine) -> DecodeStep:
+    """After TOKENS, each of which gave the plain model's logits bit for bit."""
+    with engine.computing():
+        plain_cache, cache = engine.model.new_cache(), engine.model.new_cache()
+        step = DecodeStep(engine.model, cache)
+        for token in TOKENS:
+            assert torch.equal(step(token), engine.model(torch.tensor([token]), plain_cache))
+    return step
+
+
 def doubled(x: torch.Tensor) -> torch.Tensor:
     return x * 2
 
@@ -106,11 +116,7 @@ def test_torch_arithmetic_between_ops_leaves_the_step_unrecorded_and_right(tmp_p
             return outside(inner(x, residual))  # type: ignore[operator]
 
     engine.model.blocks[1].ffn = Edited()
-    with engine.computing():
-        plain_cache, cache = engine.model.new_cache(), engine.model.new_cache()
-        step = DecodeStep(engine.model, cache)
-        for token in TOKENS:
-            assert torch.equal(step(token), engine.model(torch.tensor([token]), plain_cache))
+    step = step_that_follows_the_model(engine)
     assert not step.recorded
     assert step.reason is not None
     assert sparsify.layer_densities(engine.model)[0].tokens == 2 * len(TOKENS), "the attempt to record counts nothing"
@@ -126,11 +132,7 @@ def test_what_an_op_has_to_copy_leaves_the_step_unrecorded(tmp_path: Path) -> No
             return ops.add(halves, halves).view(1, -1)
 
     engine.model.blocks[1].ffn = Interleaved()
-    with engine.computing():
-        plain_cache, cache = engine.model.new_cache(), engine.model.new_cache()
-        step = DecodeStep(engine.model, cache)
-        for token in TOKENS:
-            assert torch.equal(step(token), engine.model(torch.tensor([token]), plain_cache))
+    step = step_that_follows_the_model(engine)
     assert not step.recorded
     assert "copy" in str(step.reason)
 
