@@ -6,9 +6,14 @@ The lowest layer, shared by `pinfer.formats` (which finds the blocks in a file) 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+
+# How a row's blocks lie in memory: "blocks", as in a GGUF file, or "planes", rearranged for a GPU's
+# 16-byte loads (`pinfer.kernels.planes`).
+Layout = Literal["blocks", "planes"]
 
 
 @dataclass(frozen=True)
@@ -59,20 +64,46 @@ BY_NAME: dict[str, QuantType] = {t.name: t for t in QUANT_TYPES}
 _OF_DTYPE = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
 
 
+# Bytes that 32 weights take in the planes layout: quants, higher bits, scales; and those of the
+# scales that 256 weights share.
+_PLANE_BYTES: dict[str, tuple[int, int]] = {
+    "F32": (128, 0), "F16": (64, 0), "BF16": (64, 0),
+    "Q8_0": (32 + 2, 0), "Q4_0": (16 + 2, 0), "Q4_1": (16 + 4, 0), "Q5_0": (16 + 4 + 2, 0), "Q5_1": (16 + 4 + 4, 0),
+    "Q2_K": (8 + 2, 4), "Q3_K": (8 + 4 + 2, 4), "Q4_K": (16 + 2, 4), "Q5_K": (16 + 4 + 2, 4), "Q6_K": (16 + 8 + 2, 4),
+}  # fmt: skip
+
+
+def planes_row_bytes(kind: QuantType, columns: int) -> int:
+    """Bytes of a row in the planes layout, a multiple of 32.
+
+    Floats fill up groups of 32 columns; the planes of quantised types have room for a multiple of 8
+    such groups, so that each starts at a multiple of 16 bytes.
+    """
+    kind.row_bytes(columns)  # whole blocks, or ValueError
+    group_bytes, super_bytes = _PLANE_BYTES[kind.name]
+    groups = -(-columns // 32)
+    if kind.block_size > 1:
+        groups = -(-groups // 8) * 8
+    return -(-(group_bytes * groups + super_bytes * groups // 8) // 32) * 32
+
+
 @dataclass(frozen=True, eq=False)
 class QuantTensor:
     """A matrix of weights kept in its stored blocks.
 
     `blocks` is uint8 `[rows, row_bytes]`, each row contiguous (rows may be strided apart); it is
     often a view of a memory-mapped file and must not be written to. `columns` counts weights.
+    `layout` says how the bytes of a row lie; kernels on the CPU read "blocks", those on a GPU "planes".
     """
 
     blocks: torch.Tensor
     type: QuantType
     columns: int
+    layout: Layout = "blocks"
 
     def __post_init__(self) -> None:
-        expected = self.type.row_bytes(self.columns)
+        in_planes = self.layout == "planes"
+        expected = planes_row_bytes(self.type, self.columns) if in_planes else self.type.row_bytes(self.columns)
         if self.blocks.dtype != torch.uint8 or self.blocks.dim() != 2 or self.blocks.shape[1] != expected:
             raise ValueError(
                 f"blocks must be uint8 [rows, {expected}] for {self.columns} columns of {self.type}, "
@@ -106,11 +137,12 @@ class QuantTensor:
         return self.blocks.numel()
 
     def to(self, device: torch.device | str) -> QuantTensor:
-        return QuantTensor(self.blocks.to(device), self.type, self.columns)
+        return replace(self, blocks=self.blocks.to(device))
 
     def __getitem__(self, rows: slice | torch.Tensor) -> QuantTensor:
         """Some rows, still as blocks: a slice is a view, an index tensor copies."""
-        return QuantTensor(self.blocks[rows], self.type, self.columns)
+        return replace(self, blocks=self.blocks[rows])
 
     def __repr__(self) -> str:
-        return f"QuantTensor({self.type}, {self.rows}x{self.columns}, {self.device})"
+        layout = "" if self.layout == "blocks" else f", {self.layout}"
+        return f"QuantTensor({self.type}, {self.rows}x{self.columns}, {self.device}{layout})"

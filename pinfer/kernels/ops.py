@@ -11,6 +11,7 @@ from pinfer.kernels.registry import Op
 from pinfer.kernels.rms_norm import OP as rms_norm
 from pinfer.kernels.rope import OP as rope
 from pinfer.kernels.select_active import OP as select_active
+from pinfer.kernels.sign_select import OP as sign_select
 from pinfer.kernels.sparse_ffn import OP as sparse_ffn
 from pinfer.kernels.tally import OP as tally
 from pinfer.kernels.top_k import OP as top_k
@@ -24,6 +25,7 @@ OPS: tuple[Op, ...] = (
     add,
     glu,
     select_active,
+    sign_select,
     tally,
     sparse_ffn,
     input_sparse_matmul,
@@ -33,5 +35,5 @@ OPS: tuple[Op, ...] = (
 
 __all__ = [
     "OPS", "add", "attention", "dequantize", "embed", "glu", "input_sparse_matmul", "quant_matmul", "rms_norm",
-    "rope", "select_active", "sparse_ffn", "tally", "top_k",
+    "rope", "select_active", "sign_select", "sparse_ffn", "tally", "top_k",
 ]  # fmt: skip

@@ -54,7 +54,10 @@ def check_inputs(
     values: torch.Tensor,
     start: torch.Tensor,
 ) -> None:
-    """ValueError unless the shapes belong together and the tokens fit; every implementation calls it."""
+    """ValueError unless the shapes belong together and the tokens fit; every implementation calls it.
+
+    Only a start in CPU memory is looked at: a GPU's would have to be waited for.
+    """
     tokens, heads, head_dim = query.shape
     kv_heads, context, _ = keys.shape
     if key.shape != (tokens, kv_heads, head_dim) or value.shape != key.shape or heads % kv_heads:
@@ -63,5 +66,9 @@ def check_inputs(
         raise ValueError(f"the cache is {list(keys.shape)} and {list(values.shape)}, expected head_dim {head_dim}")
     if start.dtype != torch.int64 or start.numel() != 1:
         raise ValueError(f"start is {start.dtype} {list(start.shape)}, expected torch.int64 [1]")
+    if tokens > context:
+        raise ValueError(f"{tokens} tokens do not fit the context of {context}")
+    if start.device.type != "cpu":
+        return
     if not 0 <= int(start) <= context - tokens:
         raise ValueError(f"{int(start) + tokens} tokens do not fit the context of {context}")

@@ -240,6 +240,8 @@ def matrix(weight: QuantTensor | None) -> Matrix:
     blocks = weight.blocks
     if blocks.device.type != "cpu" or (blocks.shape[1] > 1 and blocks.stride(1) != 1):
         raise ValueError(f"{weight!r} must be in CPU memory with contiguous rows")
+    if weight.layout != "blocks":
+        raise ValueError(f"{weight!r} is laid out for a GPU: the C++ core reads blocks")
     if not load_core().pinfer_knows_type(weight.type.ggml_id):
         raise CoreError(f"the C++ core does not know weight type {weight.type}")
     return Matrix(blocks.data_ptr(), blocks.stride(0), weight.rows, weight.columns, weight.type.ggml_id)

@@ -1,156 +1,17 @@
-"""Weights from GGUF blocks, in plain torch: the definition that every other kernel is held to.
-
-Block layouts are those of ggml (`ggml-common.h`, `ggml-quants.c`); `gguf.quants` is the oracle in
-the tests. Each function takes blocks as uint8 `[blocks, block_bytes]` and returns float32
-`[blocks, block_size]`.
-"""
+"""Weights of any layout as float32, in plain torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from pinfer import quant
-from pinfer.quant import QuantTensor, QuantType
+from pinfer.kernels.blocks import blocks_to_float
+from pinfer.kernels.planes import planes_to_float
+from pinfer.quant import QuantTensor
 
-Tensor = torch.Tensor
 
-
-def dequantize(weight: QuantTensor) -> Tensor:
+def dequantize(weight: QuantTensor) -> torch.Tensor:
     """Expand a QuantTensor `[rows, columns]` to float32 of that shape."""
+    if weight.layout == "planes":
+        return planes_to_float(weight)
     blocks = weight.blocks.reshape(-1, weight.type.block_bytes)
-    return _BY_TYPE[weight.type](blocks).reshape(weight.rows, weight.columns)
-
-
-def _half(blocks: Tensor, at: int) -> Tensor:
-    """The fp16 number at byte `at` of each block, as float32 [blocks, 1]."""
-    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
-
-
-def _nibbles(packed: Tensor) -> Tensor:
-    """[blocks, n] bytes to [blocks, 2n]: all low halves, then all high halves."""
-    return torch.cat([packed & 15, packed >> 4], dim=1).float()
-
-
-def _fifth_bits(blocks: Tensor, at: int) -> Tensor:
-    """The 32 bits at byte `at`, bit i belonging to weight i, as 0 or 16 in float32 [blocks, 32]."""
-    shifts = torch.arange(8, device=blocks.device, dtype=torch.uint8)
-    bits = (blocks[:, at : at + 4, None] >> shifts) & 1
-    return 16.0 * bits.reshape(-1, 32).float()
-
-
-def _f32(blocks: Tensor) -> Tensor:
-    return blocks.contiguous().view(torch.float32)
-
-
-def _f16(blocks: Tensor) -> Tensor:
-    return blocks.contiguous().view(torch.float16).float()
-
-
-def _bf16(blocks: Tensor) -> Tensor:
-    return blocks.contiguous().view(torch.bfloat16).float()
-
-
-def _q8_0(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * blocks[:, 2:].contiguous().view(torch.int8).float()
-
-
-def _q4_0(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * (_nibbles(blocks[:, 2:]) - 8)
-
-
-def _q4_1(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * _nibbles(blocks[:, 4:]) + _half(blocks, 2)
-
-
-def _q5_0(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * (_nibbles(blocks[:, 6:]) + _fifth_bits(blocks, 2) - 16)
-
-
-def _q5_1(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * (_nibbles(blocks[:, 8:]) + _fifth_bits(blocks, 4)) + _half(blocks, 2)
-
-
-def _crumbs(packed: Tensor) -> Tensor:
-    """2-bit fields of a 256-weight block: [blocks, 64] bytes to [blocks, 2, 4, 32].
-
-    Weight 128 n + 32 j + l sits in bits 2j..2j+1 of byte 32 n + l.
-    """
-    shifts = torch.tensor([0, 2, 4, 6], device=packed.device, dtype=torch.uint8)
-    return (packed.reshape(-1, 2, 1, 32) >> shifts[None, None, :, None]) & 3
-
-
-def _q2_k(blocks: Tensor) -> Tensor:
-    scales = blocks[:, :16]
-    quants = _crumbs(blocks[:, 16:80]).reshape(-1, 16, 16).float()
-    scale = _half(blocks, 80) * (scales & 15)
-    minimum = _half(blocks, 82) * (scales >> 4)
-    return (scale[:, :, None] * quants - minimum[:, :, None]).reshape(-1, 256)
-
-
-def _q3_k(blocks: Tensor) -> Tensor:
-    shifts = torch.arange(8, device=blocks.device, dtype=torch.uint8)
-    high = (blocks[:, None, :32] >> shifts[None, :, None]) & 1  # bit 4n + j of byte l
-    quants = _crumbs(blocks[:, 32:96]).reshape(-1, 8, 32).float() + 4.0 * high.float() - 4
-    packed = blocks[:, 96:108]
-    low = torch.cat([packed[:, :8] & 15, packed[:, :8] >> 4], dim=1)
-    pairs = torch.cat([(packed[:, 8:] >> shift) & 3 for shift in (0, 2, 4, 6)], dim=1)
-    scale = _half(blocks, 108) * ((low | pairs << 4).float() - 32)
-    return (scale[:, :, None] * quants.reshape(-1, 16, 16)).reshape(-1, 256)
-
-
-def _six_bit_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """The eight scales and eight minima that Q4_K and Q5_K keep in 12 bytes, each [blocks, 8]."""
-    first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:]
-    scales = torch.cat([first & 63, (third & 15) | (first >> 6) << 4], dim=1)
-    minima = torch.cat([second & 63, (third >> 4) | (second >> 6) << 4], dim=1)
-    return scales, minima
-
-
-def _with_minima(blocks: Tensor, quants: Tensor) -> Tensor:
-    """d · scale · q - dmin · minimum over [blocks, 8, 32] quants (Q4_K and Q5_K)."""
-    scales, minima = _six_bit_scales(blocks[:, 4:16])
-    scale, minimum = _half(blocks, 0) * scales, _half(blocks, 2) * minima
-    return (scale[:, :, None] * quants - minimum[:, :, None]).reshape(-1, 256)
-
-
-def _paired_nibbles(packed: Tensor) -> Tensor:
-    """128 bytes to [blocks, 8, 32]: each run of 32 bytes holds two groups, low then high halves."""
-    runs = packed.reshape(-1, 4, 1, 32)
-    return torch.cat([runs & 15, runs >> 4], dim=2).reshape(-1, 8, 32)
-
-
-def _q4_k(blocks: Tensor) -> Tensor:
-    return _with_minima(blocks, _paired_nibbles(blocks[:, 16:]).float())
-
-
-def _q5_k(blocks: Tensor) -> Tensor:
-    shifts = torch.arange(8, device=blocks.device, dtype=torch.uint8)
-    fifth = (blocks[:, None, 16:48] >> shifts[None, :, None]) & 1
-    return _with_minima(blocks, _paired_nibbles(blocks[:, 48:]).float() + 16.0 * fifth.float())
-
-
-def _q6_k(blocks: Tensor) -> Tensor:
-    low = blocks[:, :128].reshape(-1, 2, 1, 64)
-    low = torch.cat([low & 15, low >> 4], dim=2).reshape(-1, 2, 4, 32)
-    quants = (low | _crumbs(blocks[:, 128:192]) << 4).float() - 32
-    scale = _half(blocks, 208) * blocks[:, 192:208].contiguous().view(torch.int8).float()
-    return (scale[:, :, None] * quants.reshape(-1, 16, 16)).reshape(-1, 256)
-
-
-_BY_TYPE: dict[QuantType, Callable[[Tensor], Tensor]] = {
-    quant.F32: _f32,
-    quant.F16: _f16,
-    quant.BF16: _bf16,
-    quant.Q8_0: _q8_0,
-    quant.Q4_0: _q4_0,
-    quant.Q4_1: _q4_1,
-    quant.Q5_0: _q5_0,
-    quant.Q5_1: _q5_1,
-    quant.Q2_K: _q2_k,
-    quant.Q3_K: _q3_k,
-    quant.Q4_K: _q4_k,
-    quant.Q5_K: _q5_k,
-    quant.Q6_K: _q6_k,
-}
+    return blocks_to_float(blocks, weight.type).reshape(weight.rows, weight.columns)

@@ -25,13 +25,14 @@ def _bytes_moved(ids: torch.Tensor, table: QuantTensor, **_: Any) -> int:
 OP = Op(
     name="embed",
     reference=reference,
-    triton=None,
+    triton="pinfer.kernels.embed.gpu:embed",
     cpu="pinfer.kernels.embed.cpu:embed",
     make_inputs=_make_inputs,
     cases=(
         {"type": "Q8_0", "tokens": 1, "rows": 7, "columns": 96},
         {"type": "Q6_K", "tokens": 5, "rows": 7, "columns": 512},
         {"type": "F16", "tokens": 3, "rows": 1, "columns": 31},
+        {"type": "Q4_0", "tokens": 2, "rows": 5, "columns": 1056},
     ),
     bench_cases=({"type": "Q8_0", "tokens": 1, "rows": 32000, "columns": 4096},),
     bytes_moved=_bytes_moved,

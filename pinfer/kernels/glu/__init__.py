@@ -34,13 +34,14 @@ def _bytes_moved(gate: torch.Tensor, up: torch.Tensor | None = None, **_: Any) -
 OP = Op(
     name="glu",
     reference=reference,
-    triton=None,
+    triton="pinfer.kernels.glu.gpu:glu",
     cpu="pinfer.kernels.glu.cpu:glu",
     make_inputs=_make_inputs,
     cases=(
         *({"tokens": 2, "neurons": 123, "activation": name} for name in ACTIVATIONS),
         *({"tokens": 1, "neurons": 431, "activation": name, "gated": False} for name in ACTIVATIONS),
         {"tokens": 3, "neurons": 37, "activation": "silu", "gated": False, "magnitude": True},
+        {"tokens": 3, "neurons": 431, "activation": "relu2"},
     ),
     bench_cases=({"tokens": 1, "neurons": 11008, "activation": "silu"},),
     bytes_moved=_bytes_moved,

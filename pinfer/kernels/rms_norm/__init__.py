@@ -28,7 +28,7 @@ def _bytes_moved(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor |
 OP = Op(
     name="rms_norm",
     reference=reference,
-    triton=None,
+    triton="pinfer.kernels.rms_norm.gpu:rms_norm",
     cpu="pinfer.kernels.rms_norm.cpu:rms_norm",
     make_inputs=_make_inputs,
     cases=(
@@ -36,6 +36,8 @@ OP = Op(
         {"tokens": 3, "width": 123, "added": True},
         {"tokens": 2, "width": 31, "heads": 5},
         {"tokens": 1, "width": 1},
+        {"tokens": 2, "width": 17_001, "added": True},
+        {"tokens": 1, "width": 17_001},
     ),
     bench_cases=({"tokens": 1, "width": 4096},),
     bytes_moved=_bytes_moved,

@@ -29,7 +29,7 @@ def _bytes_moved(x: torch.Tensor, cos: torch.Tensor, **_: Any) -> int:
 OP = Op(
     name="rope",
     reference=reference,
-    triton=None,
+    triton="pinfer.kernels.rope.gpu:rope",
     cpu="pinfer.kernels.rope.cpu:rope",
     make_inputs=_make_inputs,
     cases=(
@@ -37,6 +37,7 @@ OP = Op(
         {"tokens": 5, "heads": 3, "head_dim": 32, "dim": 32, "start": 7, "interleaved": False},
         {"tokens": 2, "heads": 1, "head_dim": 20, "dim": 6, "start": 3, "interleaved": False},
         {"tokens": 2, "heads": 2, "head_dim": 20, "dim": 6, "start": 3, "interleaved": True},
+        {"tokens": 1, "heads": 9, "head_dim": 256, "dim": 256, "start": 2, "interleaved": False},
     ),
     bench_cases=({"tokens": 1, "heads": 32, "head_dim": 128, "dim": 128, "start": 9, "interleaved": True},),
     bytes_moved=_bytes_moved,

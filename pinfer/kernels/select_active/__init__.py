@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from pinfer.kernels.registry import Op
-from pinfer.kernels.select_active.reference import Active, passes
+from pinfer.kernels.select_active.reference import Active, Selection, passes
 from pinfer.kernels.select_active.reference import select_active as reference
 
 
@@ -39,10 +39,11 @@ OP = Op(
         {"tokens": 1, "neurons": 431, "density": 1.0},
         {"tokens": 1, "neurons": 1, "density": 1.0},
         {"tokens": 5, "neurons": 431, "density": 0.1, "per_neuron": True},
+        {"tokens": 16, "neurons": 512, "density": 0.02},
     ),
     bench_cases=({"tokens": 1, "neurons": 11008, "density": 0.1}, {"tokens": 1, "neurons": 28672, "density": 0.1}),
     bytes_moved=_bytes_moved,
     tolerance=0,
 )
 
-__all__ = ["OP", "Active", "passes"]
+__all__ = ["OP", "Active", "Selection", "passes"]

@@ -29,7 +29,7 @@ def _bytes_moved(active: Active, totals: torch.Tensor, *, mask: torch.Tensor | N
 OP = Op(
     name="tally",
     reference=reference,
-    triton=None,
+    triton="pinfer.kernels.tally.gpu:tally",
     cpu="pinfer.kernels.tally.cpu:tally",
     make_inputs=_make_inputs,
     cases=(

@@ -22,6 +22,7 @@ def _bytes_moved(scores: torch.Tensor, k: int) -> int:
 OP = Op(
     name="top_k",
     reference=reference,
+    # On a GPU torch's stable sort waits for nothing and runs once a token (an estimate: tens of µs for 262,144 scores).
     triton=None,
     cpu="pinfer.kernels.top_k.cpu:top_k",
     make_inputs=_make_inputs,

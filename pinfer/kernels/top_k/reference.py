@@ -18,9 +18,8 @@ def top_k(scores: torch.Tensor, k: int) -> Best:
     """scores: float32 [V]; 1 <= k <= V. Where any score is not finite, all values are NaN."""
     check_inputs(scores, k)
     best = scores.float().sort(descending=True, stable=True)
-    values = best.values[:k].clone()
-    if not bool(scores.isfinite().all()):
-        values.fill_(torch.nan)
+    # Chosen on the device: nothing waits for the scores.
+    values = torch.where(scores.isfinite().all(), best.values[:k], torch.nan)
     return Best(values, best.indices[:k].clone())
 
 

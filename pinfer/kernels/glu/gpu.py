@@ -1,0 +1,73 @@
+"""glu in Triton: act(gate) · up in one pass, where torch takes a launch for each of the two.
+
+out = act(gate) · up, act(gate) or |act(gate)|        (Shazeer 2020; the magnitude: CATS, Lee et al. 2024)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from pinfer.kernels.activation import ACTIVATIONS
+from pinfer.kernels.aot import FLOATS, Build
+from pinfer.kernels.glu.reference import check_inputs
+
+BLOCK, NUM_WARPS = 1024, 4
+
+
+@triton.jit
+def _activate(g, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        h = g / (1.0 + tl.exp(-g))
+    elif ACTIVATION == "gelu_tanh":
+        # g / 2 · (1 + tanh z) = g · sigmoid(2 z), z = sqrt(2 / π) (g + 0.044715 g³)
+        h = g / (1.0 + tl.exp(-2 * 0.7978845608028654 * (g + 0.044715 * g * g * g)))
+    else:
+        tl.static_assert(ACTIVATION == "relu" or ACTIVATION == "relu2", "unknown activation")
+        h = tl.where(g < 0.0, 0.0, g)  # as in torch, NaN stays NaN
+        if ACTIVATION == "relu2":
+            h = h * h
+    return h
+
+
+@triton.jit
+def _glu_kernel(
+    gate_ptr, up_ptr, out_ptr, size,
+    ACTIVATION: tl.constexpr, HAS_UP: tl.constexpr, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    h = _activate(tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32), ACTIVATION)  # [BLOCK]
+    if HAS_UP:
+        h *= tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
+    if MAGNITUDE:
+        h = tl.abs(h)
+    tl.store(out_ptr + at, h, mask=mask)
+
+
+def glu(
+    gate: torch.Tensor, up: torch.Tensor | None = None, *, activation: str, magnitude: bool = False
+) -> torch.Tensor:
+    check_inputs(gate, up, magnitude)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
+    gate = gate.contiguous()
+    out = torch.empty(gate.shape, dtype=torch.float32, device=gate.device)
+    _glu_kernel[(triton.cdiv(gate.numel(), BLOCK),)](
+        gate, gate if up is None else up.contiguous(), out, gate.numel(),
+        ACTIVATION=activation, HAS_UP=up is not None, MAGNITUDE=magnitude, BLOCK=BLOCK, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return out
+
+
+def builds() -> list[Build]:
+    arguments = {**dict.fromkeys(("gate_ptr", "up_ptr", "out_ptr"), FLOATS), "size": "i32"}
+
+    def build(activation: str, has_up: bool, magnitude: bool = False) -> Build:
+        constants = {"ACTIVATION": activation, "HAS_UP": has_up, "MAGNITUDE": magnitude, "BLOCK": BLOCK}
+        label = f"glu {' '.join(str(value) for value in constants.values())}"
+        return Build(label, _glu_kernel, arguments, constants, NUM_WARPS, multiples_of_16=("size",), wide_share=1.0)
+
+    pairs = [build(activation, has_up) for activation in ACTIVATIONS for has_up in (True, False)]
+    return [*pairs, build("silu", False, magnitude=True)]
