@@ -14,6 +14,7 @@ from pinfer.kernels.select_active import OP as select_active
 from pinfer.kernels.sign_select import OP as sign_select
 from pinfer.kernels.sparse_ffn import OP as sparse_ffn
 from pinfer.kernels.tally import OP as tally
+from pinfer.kernels.threshold_matmul import OP as threshold_matmul
 from pinfer.kernels.top_k import OP as top_k
 
 OPS: tuple[Op, ...] = (
@@ -26,6 +27,7 @@ OPS: tuple[Op, ...] = (
     glu,
     select_active,
     sign_select,
+    threshold_matmul,
     tally,
     sparse_ffn,
     input_sparse_matmul,
@@ -35,5 +37,5 @@ OPS: tuple[Op, ...] = (
 
 __all__ = [
     "OPS", "add", "attention", "dequantize", "embed", "glu", "input_sparse_matmul", "quant_matmul", "rms_norm",
-    "rope", "select_active", "sign_select", "sparse_ffn", "tally", "top_k",
+    "rope", "select_active", "sign_select", "sparse_ffn", "tally", "threshold_matmul", "top_k",
 ]  # fmt: skip

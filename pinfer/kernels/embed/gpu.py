@@ -10,77 +10,56 @@ import triton
 import triton.language as tl
 
 from pinfer.kernels.aot import BYTES, FLOATS, LONGS, Build
-from pinfer.kernels.dequantize.gpu import weights_at
 from pinfer.kernels.embed.reference import check_inputs
+from pinfer.kernels.planes import repack
 from pinfer.kernels.tiles import add_rows, groups_of, load_raw, no_sums, store_sums
 from pinfer.quant import BY_NAME, QuantTensor
 
-BLOCK_K, NUM_WARPS = 1024, 4
-BLOCK_G, PLANES_WARPS = 32, 1  # a group of 32 weights a thread
+BLOCK_G, NUM_WARPS = 32, 1  # a group of 32 weights a thread
 
 
 @triton.jit
 def _embed_kernel(
-    ids_ptr, blocks_ptr, row_stride, out_ptr, rows, columns, scale, TYPE: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    row = tl.load(ids_ptr + token)
-    mask = column < columns
-    known = (row >= 0) & (row < rows)  # the host does not wait for the ids to refuse one: its row is NaN
-    weight = weights_at(blocks_ptr + row * row_stride, column, mask & known, TYPE)  # [K]
-    tl.store(out_ptr + token * columns + column, tl.where(known, weight * scale, float("nan")), mask=mask)
-
-
-@triton.jit
-def _embed_planes_kernel(
     ids_ptr, rows_ptr, row_stride, out_ptr, rows, scale,
-    WIDTH: tl.constexpr, GROUPS: tl.constexpr, TYPE: tl.constexpr, BLOCK_G: tl.constexpr,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr, TYPE: tl.constexpr, GATHERED: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     g = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
     row = tl.load(ids_ptr + token)  # [1]
-    known = (row >= 0) & (row < rows)
-    raw = load_raw(rows_ptr + row * row_stride, known, g, GROUPS, TYPE)
+    known = (row >= 0) & (row < rows)  # the host does not wait for the ids to refuse one: its row is NaN
+    raw = load_raw(rows_ptr + (token if GATHERED else row) * row_stride, known, g, GROUPS, TYPE)
     sums, minima = no_sums(1, BLOCK_G)
     sums, minima = add_rows(sums, minima, raw, tl.where(known, scale, float("nan")), TYPE)
     store_sums(out_ptr + tl.program_id(0).to(tl.int64) * WIDTH, sums, minima, g, WIDTH, GROUPS, TYPE)
 
 
 def embed(ids: torch.Tensor, table: QuantTensor, *, scale: float = 1.0) -> torch.Tensor:
-    """As the reference, of a table in either layout; on a GPU, ids that name no row give rows of NaN."""
+    """As the reference; on a GPU, ids that name no row give rows of NaN. Of blocks, the named rows are repacked."""
     check_inputs(ids, table)
-    ids = ids.contiguous()
+    ids, n_rows, gathered = ids.contiguous(), table.rows, table.layout == "blocks"
+    if gathered:
+        table = repack(table[ids.clamp(0, n_rows - 1)])
     out = torch.empty(len(ids), table.columns, dtype=torch.float32, device=ids.device)
-    arguments = (ids, table.blocks, table.blocks.stride(0), out, table.rows)
-    if table.layout == "planes":
-        _embed_planes_kernel[(len(ids), triton.cdiv(groups_of(table), BLOCK_G))](
-            *arguments, scale, WIDTH=table.columns, GROUPS=groups_of(table), TYPE=table.type.name, BLOCK_G=BLOCK_G,
-            num_warps=PLANES_WARPS,
-        )  # fmt: skip
-    else:
-        _embed_kernel[(len(ids), triton.cdiv(table.columns, BLOCK_K))](
-            *arguments, table.columns, scale, TYPE=table.type.name, BLOCK_K=BLOCK_K, num_warps=NUM_WARPS
-        )
+    _embed_kernel[(len(ids), triton.cdiv(groups_of(table), BLOCK_G))](
+        ids, table.blocks, table.blocks.stride(0), out, n_rows, scale,
+        WIDTH=table.columns, GROUPS=groups_of(table), TYPE=table.type.name, GATHERED=gathered, BLOCK_G=BLOCK_G,
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
     return out
 
 
 def builds() -> list[Build]:
-    """Both layouts of every type, as wide as 7B, 13B and 70B models are."""
-    shared = {"ids_ptr": LONGS, "row_stride": "i64", "out_ptr": FLOATS, "rows": "i32", "scale": "fp32"}
-    of_blocks = {**shared, "blocks_ptr": BYTES, "columns": "i32"}
-    of_planes = {**shared, "rows_ptr": BYTES}
+    """Every type at 7B's width, and 13B's and 70B's."""
+    arguments = {"ids_ptr": LONGS, "rows_ptr": BYTES, "row_stride": "i64", "out_ptr": FLOATS, "rows": "i32"}
+    arguments |= {"scale": "fp32"}
 
-    def planes(kind: str, width: int) -> Build:
-        constants = {"WIDTH": width, "GROUPS": width // 32, "TYPE": kind, "BLOCK_G": BLOCK_G}
-        label = f"embed planes {kind} D={width}"
-        return Build(label, _embed_planes_kernel, of_planes, constants, PLANES_WARPS, multiples_of_16=("row_stride",))
+    def build(kind: str, width: int, gathered: bool = False) -> Build:
+        constants = {"WIDTH": width, "GROUPS": width // 32, "TYPE": kind, "GATHERED": gathered, "BLOCK_G": BLOCK_G}
+        label = f"embed {kind} D={width}{' gathered' if gathered else ''}"
+        return Build(label, _embed_kernel, arguments, constants, NUM_WARPS, multiples_of_16=("row_stride",))
 
     return [
-        *(
-            Build(f"embed blocks {kind}", _embed_kernel, of_blocks, {"TYPE": kind, "BLOCK_K": BLOCK_K}, NUM_WARPS)
-            for kind in BY_NAME
-        ),
-        *(planes(kind, 4096) for kind in BY_NAME),
-        *(planes("Q4_K", width) for width in (5120, 8192)),
+        *(build(kind, 4096) for kind in BY_NAME),
+        *(build("Q4_K", width) for width in (5120, 8192)),
+        build("Q4_K", 4096, gathered=True),
     ]

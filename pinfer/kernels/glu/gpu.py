@@ -17,7 +17,7 @@ BLOCK, NUM_WARPS = 1024, 4
 
 
 @triton.jit
-def _activate(g, ACTIVATION: tl.constexpr):
+def activate(g, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         h = g / (1.0 + tl.exp(-g))
     elif ACTIVATION == "gelu_tanh":
@@ -38,7 +38,7 @@ def _glu_kernel(
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
-    h = _activate(tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32), ACTIVATION)  # [BLOCK]
+    h = activate(tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32), ACTIVATION)  # [BLOCK]
     if HAS_UP:
         h *= tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
     if MAGNITUDE:

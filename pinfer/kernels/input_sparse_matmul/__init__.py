@@ -31,7 +31,7 @@ def _bytes_moved(x: torch.Tensor, weight: QuantTensor, threshold: torch.Tensor) 
 OP = Op(
     name="input_sparse_matmul",
     reference=reference,
-    triton=None,
+    triton="pinfer.kernels.input_sparse_matmul.gpu:input_sparse_matmul",
     cpu="pinfer.kernels.input_sparse_matmul.cpu:input_sparse_matmul",
     make_inputs=_make_inputs,
     cases=(

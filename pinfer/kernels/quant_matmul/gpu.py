@@ -1,68 +1,105 @@
-"""quant_matmul in Triton: a tile of rows a program, one token a grid column."""
+"""quant_matmul in Triton: x stays in registers while a program goes through its rows.
+
+A row longer than a program holds is cut in even parts over the grid's second axis, and the parts are
+added in order by sparse_ffn's `combine`. One token a grid column: a batch reads the weights again for
+each token, from L2 as far as they fit.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
 from pinfer.kernels.aot import BYTES, FLOATS, Build
-from pinfer.kernels.dequantize.gpu import weights_at
+from pinfer.kernels.planes import repack
 from pinfer.kernels.quant_matmul.reference import check_inputs
 from pinfer.kernels.rounding import rounded_for
+from pinfer.kernels.sparse_ffn.gpu import combine
+from pinfer.kernels.tiles import dots, groups_of, load_raw, load_x, sums_of
 from pinfer.quant import BY_NAME, QuantTensor
 
-# 16 x 256 tiles spill on sm_80 to sm_90 for Q3_K, Q6_K and F32, 8 x 256 for Q5_0 and Q5_1 on sm_80.
-BLOCK_N, BLOCK_K, NUM_WARPS = 8, 128, 4
+LARGEST_PART = 256  # groups of 32 weights: x takes 32 registers of each of 256 threads
+ROWS_A_PROGRAM = 32  # reads 74 KB of Q4_K at 4,096 columns beside 16 KB of x; 11,008 rows make 344 programs
+ROWS_INTERPRETED = 256  # each program costs the interpreter 0.3 ms
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the rows are cut: parts of a row, groups in each, rows at a time, warps."""
+
+    parts: int
+    block_g: int
+    rows: int
+    num_warps: int
+
+    @classmethod
+    def of(cls, columns: int) -> Launch:
+        """The fewest parts with at most a fifth of the lanes idle, or the least idle of up to eight parts."""
+        groups = -(-columns // 32)
+        least = -(-groups // LARGEST_PART)
+        idle = {parts: parts * triton.next_power_of_2(-(-groups // parts)) / groups for parts in range(least, least + 8)}
+        parts = next((parts for parts, lanes in idle.items() if lanes <= 1.25), min(idle, key=lambda p: idle[p]))
+        if groups <= 64:  # a short row: another launch would cost more than idle lanes
+            parts = 1
+        block_g = triton.next_power_of_2(-(-groups // parts))
+        rows = max(1, min(16, 256 // block_g))
+        return cls(parts, block_g, rows, max(1, rows * block_g // 32))
 
 
 @triton.jit
 def _quant_matmul_kernel(
-    x_ptr,
-    blocks_ptr,
-    row_stride,
-    out_ptr,
-    rows,
-    columns,
-    TYPE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    token = tl.program_id(1).to(tl.int64)
-    row_ptr = blocks_ptr + row.to(tl.int64)[:, None] * row_stride
-    sums = tl.zeros([BLOCK_N], tl.float32)
-    for first in range(0, columns, BLOCK_K):
-        column = first + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + token * columns + column, mask=column < columns, other=0.0).to(tl.float32)  # [BLOCK_K]
-        mask = (row < rows)[:, None] & (column < columns)[None, :]
-        weight = weights_at(row_ptr, column[None, :], mask, TYPE)  # [BLOCK_N, BLOCK_K]
-        sums += tl.sum(weight * x[None, :], axis=1)
-    tl.store(out_ptr + token * rows + row, sums, mask=row < rows)
+    x_ptr, weight_ptr, row_stride, out_ptr, tokens, rows, rows_a_program,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr, TYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    part, token = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    g = part * BLOCK_G + tl.arange(0, BLOCK_G)
+    x = load_x(x_ptr + token * WIDTH, g, WIDTH, GROUPS, TYPE)
+    x_sums = sums_of(x, TYPE)
+    out_ptr += (part.to(tl.int64) * tokens + token) * rows
+    begin = tl.program_id(0) * rows_a_program
+    end = tl.minimum(begin + rows_a_program, rows)
+    for first in range(begin, end, ROWS):
+        row = first + tl.arange(0, ROWS)
+        wanted = row < end
+        raw = load_raw(weight_ptr + row.to(tl.int64) * row_stride, wanted, g, GROUPS, TYPE)
+        tl.store(out_ptr + row, dots(raw, x, x_sums, TYPE), mask=wanted)
 
 
 def quant_matmul(x: torch.Tensor, weight: QuantTensor, *, int8: bool = False) -> torch.Tensor:
+    """As the reference. Weights in blocks are repacked at every call: `repack` them once."""
     check_inputs(x, weight)
     x = (rounded_for(x.float(), weight) if int8 else x).contiguous()
-    out = torch.empty(x.shape[0], weight.rows, dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(weight.rows, BLOCK_N), x.shape[0])
-    _quant_matmul_kernel[grid](
-        x, weight.blocks, weight.blocks.stride(0), out, weight.rows, weight.columns,
-        TYPE=weight.type.name, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=NUM_WARPS,
+    weight, tokens = repack(weight), x.shape[0]
+    launch, rows_a_program = Launch.of(weight.columns), ROWS_A_PROGRAM if x.is_cuda else ROWS_INTERPRETED
+    out = torch.empty(launch.parts, tokens, weight.rows, dtype=torch.float32, device=x.device)
+    _quant_matmul_kernel[(triton.cdiv(weight.rows, rows_a_program), launch.parts, tokens)](
+        x, weight.blocks, weight.blocks.stride(0), out, tokens, weight.rows, rows_a_program,
+        WIDTH=weight.columns, GROUPS=groups_of(weight), TYPE=weight.type.name,
+        ROWS=launch.rows, BLOCK_G=launch.block_g, num_warps=launch.num_warps, num_stages=1,
     )  # fmt: skip
-    return out
+    return out[0] if launch.parts == 1 else combine(out)
 
 
 def builds() -> list[Build]:
-    arguments = {"x_ptr": FLOATS, "blocks_ptr": BYTES, "row_stride": "i64", "out_ptr": FLOATS}
-    arguments |= {"rows": "i32", "columns": "i32"}
+    """Every type at 7B's width; the dense down of 7B, 13B, 70B and Llama-3-8B, whose rows are cut."""
     return [
-        Build(
-            f"quant_matmul {name}",
-            _quant_matmul_kernel,
-            arguments,
-            {"TYPE": name, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K},
-            NUM_WARPS,
-        )
-        for name in BY_NAME
+        *(_build(name, 4096) for name in BY_NAME),
+        *(_build("Q4_K", columns) for columns in (640, 5120, 8192, 11008, 13824, 14336, 28672)),
+        *(_build("Q8_0", columns) for columns in (128, 1024, 8192)),
+        *(_build(name, 8192) for name in ("F16", "BF16", "Q6_K")),
     ]
+
+
+def _build(name: str, columns: int) -> Build:
+    arguments = {"x_ptr": FLOATS, "weight_ptr": BYTES, "row_stride": "i64", "out_ptr": FLOATS}
+    arguments |= dict.fromkeys(("tokens", "rows", "rows_a_program"), "i32")
+    launch = Launch.of(columns)
+    constants = {
+        "WIDTH": columns, "GROUPS": -(-columns // 32), "TYPE": name, "ROWS": launch.rows, "BLOCK_G": launch.block_g,
+    }  # fmt: skip
+    strides = ("row_stride", "rows", "rows_a_program")
+    label = f"quant_matmul {name} columns={columns}"
+    return Build(label, _quant_matmul_kernel, arguments, constants, launch.num_warps, multiples_of_16=strides)

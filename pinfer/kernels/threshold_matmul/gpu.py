@@ -1,0 +1,106 @@
+"""threshold_matmul in Triton: for one token, product, threshold, flags and counts are one launch; then compaction.
+
+A program takes TILE rows, one tile of `compact`. Several tokens multiply first and compare then.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from pinfer.kernels.activation import ACTIVATIONS
+from pinfer.kernels.aot import BYTES, FLOATS, INTS, Build
+from pinfer.kernels.glu.gpu import activate, glu
+from pinfer.kernels.planes import repack
+from pinfer.kernels.quant_matmul.gpu import quant_matmul
+from pinfer.kernels.rounding import rounded_for
+from pinfer.kernels.select_active.gpu import compact, load_threshold, select_with_mask
+from pinfer.kernels.sparse_ffn.gpu import Launch
+from pinfer.kernels.threshold_matmul.reference import Thresholded, check_inputs
+from pinfer.kernels.tiles import dots, groups_of, load_raw, load_x, sums_of
+from pinfer.quant import BY_NAME, QuantTensor
+
+TILE = 32  # rows a program: 344 programs for 7B's 11,008 neurons, 896 for 70B's
+
+
+@triton.jit
+def _threshold_matmul_kernel(
+    x_ptr, weight_ptr, row_stride, threshold_ptr, values_ptr, flags_ptr, tile_counts_ptr, rows,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr, TYPE: tl.constexpr, MAGNITUDE_OF: tl.constexpr,
+    PER_NEURON: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    g = tl.arange(0, BLOCK_G)
+    x = load_x(x_ptr, g, WIDTH, GROUPS, TYPE)
+    x_sums = sums_of(x, TYPE)
+    begin = tl.program_id(0) * TILE
+    end = tl.minimum(begin + TILE, rows)
+    count = tl.zeros([ROWS], tl.int32)
+    for first in range(begin, end, ROWS):
+        row = first + tl.arange(0, ROWS)
+        wanted = row < end
+        raw = load_raw(weight_ptr + row.to(tl.int64) * row_stride, wanted, g, GROUPS, TYPE)
+        value = dots(raw, x, x_sums, TYPE)  # [ROWS]
+        score = value
+        if MAGNITUDE_OF != "":
+            score = tl.abs(activate(value, MAGNITUDE_OF))
+        threshold = load_threshold(threshold_ptr, row, end, PER_NEURON)
+        active = tl.where(score <= threshold, 0, tl.where(wanted, 1, 0))  # NaN is active
+        tl.store(values_ptr + row, value, mask=wanted)
+        tl.store(flags_ptr + row, active.to(tl.uint8), mask=wanted)
+        count += active
+    tl.store(tile_counts_ptr + tl.program_id(0), tl.sum(count, axis=0))
+
+
+def threshold_matmul(
+    x: torch.Tensor,
+    weight: QuantTensor,
+    threshold: torch.Tensor,
+    *,
+    magnitude_of: str | None = None,
+    int8: bool = False,
+) -> Thresholded:
+    """As the reference. Weights in blocks are repacked at every call: `repack` them once."""
+    check_inputs(x, weight, threshold)
+    if magnitude_of is not None and magnitude_of not in ACTIVATIONS:
+        raise ValueError(f"activation {magnitude_of!r} is none of {', '.join(ACTIVATIONS)}")
+    weight = repack(weight)
+    if x.shape[0] != 1:
+        values = quant_matmul(x, weight, int8=int8)
+        scores = values if magnitude_of is None else glu(values, activation=magnitude_of, magnitude=True)
+        return Thresholded(*select_with_mask(scores, threshold), values)
+    x = (rounded_for(x.float(), weight) if int8 else x).contiguous()
+    launch, groups, tiles = Launch.of(weight.columns), groups_of(weight), triton.cdiv(weight.rows, TILE)
+    values = torch.empty(1, weight.rows, dtype=torch.float32, device=x.device)
+    flags = torch.empty(weight.rows, dtype=torch.uint8, device=x.device)
+    tile_counts = torch.empty(tiles, dtype=torch.int32, device=x.device)
+    _threshold_matmul_kernel[(tiles,)](
+        x, weight.blocks, weight.blocks.stride(0), threshold.contiguous(), values, flags, tile_counts, weight.rows,
+        WIDTH=weight.columns, GROUPS=groups, TYPE=weight.type.name, MAGNITUDE_OF=magnitude_of or "",
+        PER_NEURON=threshold.numel() > 1, TILE=TILE, ROWS=launch.rows, BLOCK_G=triton.next_power_of_2(groups),
+        num_warps=launch.num_warps, num_stages=1,
+    )  # fmt: skip
+    return Thresholded(compact(flags, tile_counts, TILE), None, values)
+
+
+def builds() -> list[Build]:
+    """The gate of 7B in every type, and second matrices of low-rank predictors in 8 and 4 bits."""
+    return [
+        *(_build(name, 4096, "silu") for name in BY_NAME),
+        *(_build(name, rank, "") for name in ("Q8_0", "Q4_0") for rank in (128, 1024)),
+        _build("Q4_K", 8192, "gelu_tanh"),
+    ]
+
+
+def _build(name: str, columns: int, magnitude_of: str) -> Build:
+    arguments = {
+        **dict.fromkeys(("x_ptr", "threshold_ptr", "values_ptr"), FLOATS), "tile_counts_ptr": INTS,
+        **dict.fromkeys(("weight_ptr", "flags_ptr"), BYTES), "row_stride": "i64", "rows": "i32",
+    }  # fmt: skip
+    launch, groups = Launch.of(columns), -(-columns // 32)
+    constants = {
+        "WIDTH": columns, "GROUPS": groups, "TYPE": name, "MAGNITUDE_OF": magnitude_of,
+        "PER_NEURON": not magnitude_of, "TILE": TILE, "ROWS": launch.rows, "BLOCK_G": triton.next_power_of_2(groups),
+    }  # fmt: skip
+    strides, label = ("row_stride", "rows"), f"threshold_matmul {name} columns={columns} {magnitude_of}"
+    return Build(label, _threshold_matmul_kernel, arguments, constants, launch.num_warps, multiples_of_16=strides)

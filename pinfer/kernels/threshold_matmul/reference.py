@@ -1,0 +1,56 @@
+"""A product, a threshold and the list of rows above it, in plain torch.
+
+What predictors end in: of the gate itself (CATS, Lee et al. 2024: |act(g · x)|; exact for ReLU) or of
+a low-rank predictor's second matrix (Deja Vu, Liu et al. 2023; PowerInfer, Song et al. 2024).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from pinfer.kernels.activation import activate
+from pinfer.kernels.quant_matmul.reference import check_inputs as check_product
+from pinfer.kernels.quant_matmul.reference import quant_matmul
+from pinfer.kernels.select_active.reference import Active, passes, select_active
+from pinfer.kernels.select_active.reference import check_inputs as check_threshold
+from pinfer.quant import QuantTensor
+
+
+class Thresholded(NamedTuple):
+    """active: union over the tokens; mask: bool [T, N], None for one token; values: float32 [T, N], the product."""
+
+    active: Active
+    mask: torch.Tensor | None
+    values: torch.Tensor
+
+
+def threshold_matmul(
+    x: torch.Tensor,
+    weight: QuantTensor,
+    threshold: torch.Tensor,
+    *,
+    magnitude_of: str | None = None,
+    int8: bool = False,
+) -> Thresholded:
+    """Multiply tokens by a quantised matrix and list the rows whose score passes a threshold.
+
+    x:            float [T, columns]; weight: QuantTensor [N, columns].
+    threshold:    float32 [1] or [N]; a score must exceed it, a NaN score always does.
+    magnitude_of: the activation whose size |act(w_i · x)| is the score; None scores w_i · x itself.
+    int8:         round x in blocks before the product (see `rounding`).
+
+    Raises ValueError for shapes that do not belong together.
+    """
+    check_inputs(x, weight, threshold)
+    values = quant_matmul(x, weight, int8=int8)
+    scores = values if magnitude_of is None else activate(magnitude_of, values).abs()
+    mask = None if x.shape[0] == 1 else passes(scores, threshold)
+    return Thresholded(select_active(scores, threshold), mask, values)
+
+
+def check_inputs(x: torch.Tensor, weight: QuantTensor, threshold: torch.Tensor) -> None:
+    """ValueError unless the shapes belong together; every implementation calls it."""
+    check_product(x, weight)
+    check_threshold(x.new_empty(x.shape[0], 1).expand(-1, weight.rows), threshold)
