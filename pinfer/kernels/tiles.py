@@ -25,7 +25,6 @@ import triton.language as tl
 from pinfer.quant import QuantTensor
 
 
-
 def groups_of(weight: QuantTensor) -> int:
     """Groups of 32 weights in a row, the last one of floats filled up."""
     return -(-weight.columns // 32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pinfer.kernels.compiled.compile import Artifact, disassemble, resource_usage
@@ -61,6 +61,8 @@ class Row:
             found.append(f"{figures.stack_bytes} bytes of stack a thread")
         if not self.atomics_allowed and mix.count("atomic"):
             found.append(f"{mix.count('atomic')} atomic instructions")
+        if mix.flushing:
+            found.append(f"{mix.flushing} float32 instructions that flush denormals, which quants are read as")
         share = mix.wide_share or 0.0
         if self.promised_share is not None and share < self.promised_share:
             widths = ", ".join(f"{n} of {width} B" for width, n in mix.load_widths.items())
@@ -121,5 +123,8 @@ def _amd(artifact: Artifact) -> Figures:
     registers = metadata("vgpr_count")
     fits = occupancy(artifact.target, registers, artifact.shared_bytes, artifact.num_warps)
     mix = amdgcn_mix(parse_amdgcn(artifact.assembly))
+    mode = re.search(r"\.amdhsa_float_denorm_mode_32 (\d)", artifact.assembly)
+    if mode is None or int(mode[1]) != 3:  # 3 keeps denormal inputs and outputs
+        mix = replace(mix, flushing=mix.total)
     stack = metadata("private_segment_fixed_size")
     return Figures(registers, stack, artifact.shared_bytes, metadata("sgpr_spill_count"), mix, fits)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 WIDE_BYTES = 16
@@ -100,12 +100,15 @@ class Mix:
     load_widths:  global loads, asynchronous copies to shared memory among them, by their bytes.
     loop:         (instructions, bytes named by global loads) of the loop that loads most, or of the
                   whole kernel where no loop loads.
+    flushing:     float32 additions, products and FMAs that take denormal numbers for zero; on AMD, where
+                  a mode of the whole kernel decides, all or none.
     """
 
     total: int
     families: Mapping[str, int]
     load_widths: Mapping[int, int] = field(default_factory=dict)
     loop: tuple[int, int] = (0, 0)
+    flushing: int = 0
 
     def count(self, *families: str) -> int:
         return sum(self.families.get(name, 0) for name in families)
@@ -158,8 +161,13 @@ def parse_amdgcn(text: str) -> list[Instruction]:
     ]
 
 
+_FLUSHING = re.compile(r"(FFMA|FMUL|FADD)\S*\.FTZ")
+
+
 def sass_mix(instructions: Iterable[Instruction]) -> Mix:
-    return _mix(list(instructions), SASS_FAMILIES, _sass_width)
+    listing = list(instructions)
+    flushing = sum(bool(_FLUSHING.match(instruction.opcode)) for instruction in listing)
+    return replace(_mix(listing, SASS_FAMILIES, _sass_width), flushing=flushing)
 
 
 def amdgcn_mix(instructions: Iterable[Instruction]) -> Mix:

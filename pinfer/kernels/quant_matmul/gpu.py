@@ -40,7 +40,9 @@ class Launch:
         """The fewest parts with at most a fifth of the lanes idle, or the least idle of up to eight parts."""
         groups = -(-columns // 32)
         least = -(-groups // LARGEST_PART)
-        idle = {parts: parts * triton.next_power_of_2(-(-groups // parts)) / groups for parts in range(least, least + 8)}
+        idle = {
+            parts: parts * triton.next_power_of_2(-(-groups // parts)) / groups for parts in range(least, least + 8)
+        }
         parts = next((parts for parts, lanes in idle.items() if lanes <= 1.25), min(idle, key=lambda p: idle[p]))
         if groups <= 64:  # a short row: another launch would cost more than idle lanes
             parts = 1
