@@ -22,9 +22,10 @@ class Build:
     constants:       values by name of its `tl.constexpr` parameters.
     num_warps:       warps of a CTA, and num_stages of its software pipeline, as the launcher passes them.
     multiples_of_16: integer arguments that are multiples of 16 at run time, as the JIT would find.
-    wide_share:      the least share of the bytes named by its global load instructions that 16-byte
-                     loads must carry, on every target; None where nothing is promised. Read from the
-                     machine code, each instruction once: a load of 16 bytes weighs four of 4.
+    wide_share:      the least share of the bytes named by global load instructions that 16-byte loads
+                     must carry, on every target, in the loop that loads most or in the whole kernel; None where nothing is promised. Read from the machine code, each
+                     instruction once: a load of 16 bytes weighs four of 4.
+    warps_of_64:     num_warps where a warp has 64 lanes (AMD); num_warps there too unless given.
     atomics:         whether it may use atomic instructions.
     """
 
@@ -36,4 +37,5 @@ class Build:
     num_stages: int = 1
     multiples_of_16: tuple[str, ...] = ()
     wide_share: float | None = None
+    warps_of_64: int | None = None
     atomics: bool = False

@@ -19,15 +19,39 @@ not to be flushed, which tests/test_aot.py looks after, and |x| or |h · scale| 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
-from pinfer.quant import QuantTensor
+from pinfer.quant import QuantTensor, QuantType
 
 
 def groups_of(weight: QuantTensor) -> int:
     """Groups of 32 weights in a row, the last one of floats filled up."""
     return -(-weight.columns // 32)
+
+
+def warps_of_64(num_warps: int) -> int:
+    """As many threads in AMD's warps of 64: twice the threads would take half the bytes each."""
+    return max(1, num_warps // 2)
+
+
+def warps_here(num_warps: int) -> int:
+    """`num_warps` warps of 32 threads in the warps of the installed torch's GPUs."""
+    return warps_of_64(num_warps) if torch.version.hip else num_warps
+
+
+def wide_share(*kinds: QuantType) -> float | None:
+    """What 16-byte loads must carry of the bytes named in a loop over rows of these types.
+
+    Scales are loads of 2 or 4 bytes, and those that 256 weights share are named by every thread of
+    theirs. With 2-bit quants nothing is as wide as 16 bytes.
+    """
+    if any(kind.name in ("Q2_K", "Q3_K") for kind in kinds):
+        return None
+    return min(
+        {"Q6_K": 0.37, "Q5_K": 0.4, "Q4_K": 0.45}.get(kind.name, 0.5 if kind.block_size > 1 else 0.9) for kind in kinds
+    )
 
 
 # Facts about types, known when a kernel is compiled.

@@ -87,6 +87,13 @@ def source_of(build: Build, *, aligned: bool = True) -> ASTSource:
     return ASTSource(build.kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
 
 
+def warps_on(build: Build, target: str) -> int:
+    """The build's warps, fewer where they have 64 lanes and the build says so."""
+    if TARGETS[target].warp_size == 32 or build.warps_of_64 is None:
+        return build.num_warps
+    return build.warps_of_64
+
+
 def compile_build(build: Build, target: str, *, aligned: bool = True, **options: Any) -> Any:
     """Triton's CompiledKernel for a target of TARGETS; more options (`maxnreg`) go to its backend.
 
@@ -94,7 +101,7 @@ def compile_build(build: Build, target: str, *, aligned: bool = True, **options:
     """
     if interpreting():
         raise RuntimeError("TRITON_INTERPRET is set: Triton interprets in this process and compiles nothing")
-    options = {"num_warps": build.num_warps, "num_stages": build.num_stages, **options}
+    options = {"num_warps": warps_on(build, target), "num_stages": build.num_stages, **options}
     return triton.compile(source_of(build, aligned=aligned), target=TARGETS[target], options=options)
 
 
@@ -130,7 +137,7 @@ def assemble(ptx: str, build: Build, target: str) -> bytes:
 def _artifact(build: Build, target: str, compiled: Any) -> Artifact:
     if TARGETS[target].backend == "cuda":
         return Artifact(target, build.num_warps, compiled.metadata.shared, cubin=compiled.asm["cubin"])
-    return Artifact(target, build.num_warps, compiled.metadata.shared, assembly=compiled.asm["amdgcn"])
+    return Artifact(target, warps_on(build, target), compiled.metadata.shared, assembly=compiled.asm["amdgcn"])
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:

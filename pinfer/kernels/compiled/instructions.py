@@ -100,6 +100,7 @@ class Mix:
     load_widths:  global loads, asynchronous copies to shared memory among them, by their bytes.
     loop:         (instructions, bytes named by global loads) of the loop that loads most, or of the
                   whole kernel where no loop loads.
+    loop_widths:  load_widths of that loop, or of the whole kernel.
     flushing:     float32 additions, products and FMAs that take denormal numbers for zero; on AMD, where
                   a mode of the whole kernel decides, all or none.
     """
@@ -108,6 +109,7 @@ class Mix:
     families: Mapping[str, int]
     load_widths: Mapping[int, int] = field(default_factory=dict)
     loop: tuple[int, int] = (0, 0)
+    loop_widths: Mapping[int, int] = field(default_factory=dict)
     flushing: int = 0
 
     def count(self, *families: str) -> int:
@@ -120,7 +122,10 @@ class Mix:
 
     @property
     def wide_share(self) -> float | None:
-        return wide_share(self.load_widths)
+        """Of the loop that loads most, where x and the like are loaded once before it; of the whole kernel,
+        where the weights are loaded once and a loop goes over tokens; whichever is more."""
+        of_loop, of_all = wide_share(self.loop_widths), wide_share(self.load_widths)
+        return of_all if of_loop is None or of_all is None else max(of_loop, of_all)
 
     @property
     def per_byte(self) -> float | None:
@@ -181,18 +186,25 @@ def _mix(instructions: list[Instruction], table: Sequence[tuple[str, str]], widt
         for instruction, family in zip(instructions, families, strict=True)
     ]
     counts = Counter(families)
+    start, end = _busiest_loop(instructions, loads) or (0, len(instructions))
+    in_loop = end - start if end - start < len(instructions) else len(instructions) - counts["nop"]
     n_nops = counts.pop("nop", 0)
     return Mix(
         total=len(instructions) - n_nops,
         families=dict(sorted(counts.items())),
-        load_widths=dict(sorted(Counter(n_bytes for n_bytes in loads if n_bytes).items())),
-        loop=_busiest_loop(instructions, loads) or (len(instructions) - n_nops, sum(loads)),
+        load_widths=_widths(loads),
+        loop=(in_loop, sum(loads[start:end])),
+        loop_widths=_widths(loads[start:end]),
     )
 
 
+def _widths(loads: list[int]) -> dict[int, int]:
+    return dict(sorted(Counter(n_bytes for n_bytes in loads if n_bytes).items()))
+
+
 def _busiest_loop(instructions: list[Instruction], loads: list[int]) -> tuple[int, int] | None:
-    """(instructions, loaded bytes) between a backward branch and its target, where most is loaded; the
-    shortest of equals, so that a loop around the busiest one does not hide it."""
+    """First and last place (exclusive) of the loop, from a backward branch's target to the branch, that loads
+    most; the shortest of equals, so that a loop around the busiest one does not hide it."""
     place = {instruction.address: at for at, instruction in enumerate(instructions)}
     best = None
     for end, branch in enumerate(instructions):
@@ -201,8 +213,8 @@ def _busiest_loop(instructions: list[Instruction], loads: list[int]) -> tuple[in
         start = place[branch.target]
         n_bytes = sum(loads[start:end])
         if n_bytes and (best is None or (n_bytes, best[0]) > (best[1], end + 1 - start)):
-            best = (end + 1 - start, n_bytes)
-    return best
+            best, span = (end + 1 - start, n_bytes), (start, end + 1)
+    return None if best is None else span
 
 
 @cache

@@ -12,7 +12,7 @@ from multiprocessing import get_context
 
 from pinfer.kernels import ops
 from pinfer.kernels.aot import Build
-from pinfer.kernels.compiled.compile import TARGETS, Artifact, artifacts_of, builds_of
+from pinfer.kernels.compiled.compile import TARGETS, Artifact, artifacts_of, builds_of, warps_on
 from pinfer.kernels.compiled.figures import Figures, Row, figures_of
 from pinfer.kernels.registry import Op
 
@@ -45,7 +45,7 @@ def survey(
 
 
 def _row(op: Op, build: Build, target: str, outcome: Figures | str) -> Row:
-    row = (op.name, build.label, build.kernel.fn.__name__, target, build.num_warps, build.num_stages)
+    row = (op.name, build.label, build.kernel.fn.__name__, target, warps_on(build, target), build.num_stages)
     promises = (build.wide_share, build.atomics)
     return Row(*row, *promises, error=outcome) if isinstance(outcome, str) else Row(*row, *promises, figures=outcome)
 

@@ -15,7 +15,7 @@ from pinfer.kernels.aot import BYTES, FLOATS, Build
 from pinfer.kernels.input_sparse_matmul.reference import check_inputs
 from pinfer.kernels.planes import repack
 from pinfer.kernels.sparse_ffn.gpu import combine
-from pinfer.kernels.tiles import add_rows, groups_of, load_raw, no_sums, store_sums
+from pinfer.kernels.tiles import add_rows, groups_of, load_raw, no_sums, store_sums, warps_here, warps_of_64, wide_share
 from pinfer.quant import BY_NAME, QuantTensor
 
 BLOCK_G, ROWS, NUM_WARPS = 64, 4, 8  # 2,048 outputs and four inputs at a time, a group of weights a thread
@@ -54,7 +54,7 @@ def input_sparse_matmul(x: torch.Tensor, weight: QuantTensor, threshold: torch.T
     _input_sparse_kernel[(triton.cdiv(groups, BLOCK_G), parts, tokens)](
         x, weight.blocks, weight.blocks.stride(0), threshold, partial, tokens, inputs, some,
         WIDTH=weight.columns, GROUPS=groups, TYPE=weight.type.name, ROWS=ROWS, BLOCK_G=BLOCK_G,
-        num_warps=NUM_WARPS, num_stages=1,
+        num_warps=warps_here(NUM_WARPS), num_stages=1,
     )  # fmt: skip
     return combine(partial)
 
@@ -73,4 +73,13 @@ def _build(name: str, outputs: int) -> Build:
     arguments |= {"partial_ptr": FLOATS, **dict.fromkeys(("tokens", "inputs", "inputs_a_program"), "i32")}
     constants = {"WIDTH": outputs, "GROUPS": -(-outputs // 32), "TYPE": name, "ROWS": ROWS, "BLOCK_G": BLOCK_G}
     label, strides = f"input_sparse_matmul {name} outputs={outputs}", ("row_stride", "inputs", "inputs_a_program")
-    return Build(label, _input_sparse_kernel, arguments, constants, NUM_WARPS, multiples_of_16=strides)
+    return Build(
+        label,
+        _input_sparse_kernel,
+        arguments,
+        constants,
+        NUM_WARPS,
+        multiples_of_16=strides,
+        wide_share=wide_share(BY_NAME[name]),
+        warps_of_64=warps_of_64(NUM_WARPS),
+    )

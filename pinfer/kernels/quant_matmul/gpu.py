@@ -18,7 +18,7 @@ from pinfer.kernels.planes import repack
 from pinfer.kernels.quant_matmul.reference import check_inputs
 from pinfer.kernels.rounding import rounded_for
 from pinfer.kernels.sparse_ffn.gpu import combine
-from pinfer.kernels.tiles import dots, groups_of, load_raw, load_x, sums_of
+from pinfer.kernels.tiles import dots, groups_of, load_raw, load_x, sums_of, warps_here, warps_of_64, wide_share
 from pinfer.quant import BY_NAME, QuantTensor
 
 LARGEST_PART = 256  # groups of 32 weights: x takes 32 registers of each of 256 threads
@@ -80,7 +80,7 @@ def quant_matmul(x: torch.Tensor, weight: QuantTensor, *, int8: bool = False) ->
     _quant_matmul_kernel[(triton.cdiv(weight.rows, rows_a_program), launch.parts, tokens)](
         x, weight.blocks, weight.blocks.stride(0), out, tokens, weight.rows, rows_a_program,
         WIDTH=weight.columns, GROUPS=groups_of(weight), TYPE=weight.type.name,
-        ROWS=launch.rows, BLOCK_G=launch.block_g, num_warps=launch.num_warps, num_stages=1,
+        ROWS=launch.rows, BLOCK_G=launch.block_g, num_warps=warps_here(launch.num_warps), num_stages=1,
     )  # fmt: skip
     return out[0] if launch.parts == 1 else combine(out)
 
@@ -104,4 +104,13 @@ def _build(name: str, columns: int) -> Build:
     }  # fmt: skip
     strides = ("row_stride", "rows", "rows_a_program")
     label = f"quant_matmul {name} columns={columns}"
-    return Build(label, _quant_matmul_kernel, arguments, constants, launch.num_warps, multiples_of_16=strides)
+    return Build(
+        label,
+        _quant_matmul_kernel,
+        arguments,
+        constants,
+        launch.num_warps,
+        multiples_of_16=strides,
+        wide_share=wide_share(BY_NAME[name]),
+        warps_of_64=warps_of_64(launch.num_warps),
+    )

@@ -27,7 +27,19 @@ from pinfer.kernels.planes import repack
 from pinfer.kernels.rounding import rounded_for
 from pinfer.kernels.select_active.reference import Active
 from pinfer.kernels.sparse_ffn.reference import check_inputs
-from pinfer.kernels.tiles import add_rows, dots, groups_of, load_raw, load_x, no_sums, store_sums, sums_of
+from pinfer.kernels.tiles import (
+    add_rows,
+    dots,
+    groups_of,
+    load_raw,
+    load_x,
+    no_sums,
+    store_sums,
+    sums_of,
+    warps_here,
+    warps_of_64,
+    wide_share,
+)
 from pinfer.quant import BY_NAME, QuantTensor
 
 COMBINE_BLOCK, COMBINE_WARPS = 256, 2
@@ -168,7 +180,7 @@ def partials(
         GATE_TYPE=gate.type.name, UP_TYPE=up_or_gate.type.name, DOWN_TYPE=down.type.name,
         HAS_UP=up is not None, HAS_MASK=mask is not None, HAS_GATE_VALUES=gate_values is not None,
         EARLY_EXIT=activation in ("relu", "relu2") and gate_values is None,
-        ROWS=launch.rows, BLOCK_G=triton.next_power_of_2(groups), num_warps=launch.num_warps, num_stages=1,
+        ROWS=launch.rows, BLOCK_G=triton.next_power_of_2(groups), num_warps=warps_here(launch.num_warps), num_stages=1,
     )  # fmt: skip
     return partial
 
@@ -235,7 +247,16 @@ def build_of(gate: str, down: str, width: int, activation: str = "silu", **switc
     }  # fmt: skip
     on = " ".join(name.lower() for name, value in switches.items() if value)
     label = f"sparse_ffn {gate} down {down} D={width} {activation} {on}"
-    return Build(label, _sparse_ffn_kernel, arguments, constants, launch.num_warps, multiples_of_16=strides)
+    return Build(
+        label,
+        _sparse_ffn_kernel,
+        arguments,
+        constants,
+        launch.num_warps,
+        multiples_of_16=strides,
+        wide_share=wide_share(BY_NAME[gate], BY_NAME[down]),
+        warps_of_64=warps_of_64(launch.num_warps),
+    )
 
 
 def _combine_build(with_more: bool) -> Build:

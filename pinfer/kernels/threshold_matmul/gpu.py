@@ -18,7 +18,7 @@ from pinfer.kernels.rounding import rounded_for
 from pinfer.kernels.select_active.gpu import compact, load_threshold, select_with_mask
 from pinfer.kernels.sparse_ffn.gpu import Launch
 from pinfer.kernels.threshold_matmul.reference import Thresholded, check_inputs
-from pinfer.kernels.tiles import dots, groups_of, load_raw, load_x, sums_of
+from pinfer.kernels.tiles import dots, groups_of, load_raw, load_x, sums_of, warps_here, warps_of_64, wide_share
 from pinfer.quant import BY_NAME, QuantTensor
 
 TILE = 32  # rows a program: 344 programs for 7B's 11,008 neurons, 896 for 70B's
@@ -78,7 +78,7 @@ def threshold_matmul(
         x, weight.blocks, weight.blocks.stride(0), threshold.contiguous(), values, flags, tile_counts, weight.rows,
         WIDTH=weight.columns, GROUPS=groups, TYPE=weight.type.name, MAGNITUDE_OF=magnitude_of or "",
         PER_NEURON=threshold.numel() > 1, TILE=TILE, ROWS=launch.rows, BLOCK_G=triton.next_power_of_2(groups),
-        num_warps=launch.num_warps, num_stages=1,
+        num_warps=warps_here(launch.num_warps), num_stages=1,
     )  # fmt: skip
     return Thresholded(compact(flags, tile_counts, TILE), None, values)
 
@@ -103,4 +103,13 @@ def _build(name: str, columns: int, magnitude_of: str) -> Build:
         "PER_NEURON": not magnitude_of, "TILE": TILE, "ROWS": launch.rows, "BLOCK_G": triton.next_power_of_2(groups),
     }  # fmt: skip
     strides, label = ("row_stride", "rows"), f"threshold_matmul {name} columns={columns} {magnitude_of}"
-    return Build(label, _threshold_matmul_kernel, arguments, constants, launch.num_warps, multiples_of_16=strides)
+    return Build(
+        label,
+        _threshold_matmul_kernel,
+        arguments,
+        constants,
+        launch.num_warps,
+        multiples_of_16=strides,
+        wide_share=wide_share(BY_NAME[name]),
+        warps_of_64=warps_of_64(launch.num_warps),
+    )
