@@ -66,7 +66,7 @@ _OF_DTYPE = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
 
 # Bytes that 32 weights take in the planes layout: quants, higher bits, scales; and those of the
 # scales that 256 weights share.
-_PLANE_BYTES: dict[str, tuple[int, int]] = {
+PLANE_BYTES: dict[str, tuple[int, int]] = {
     "F32": (128, 0), "F16": (64, 0), "BF16": (64, 0),
     "Q8_0": (32 + 2, 0), "Q4_0": (16 + 2, 0), "Q4_1": (16 + 4, 0), "Q5_0": (16 + 4 + 2, 0), "Q5_1": (16 + 4 + 4, 0),
     "Q2_K": (8 + 2, 4), "Q3_K": (8 + 4 + 2, 4), "Q4_K": (16 + 2, 4), "Q5_K": (16 + 4 + 2, 4), "Q6_K": (16 + 8 + 2, 4),
@@ -80,7 +80,7 @@ def planes_row_bytes(kind: QuantType, columns: int) -> int:
     such groups, so that each starts at a multiple of 16 bytes.
     """
     kind.row_bytes(columns)  # whole blocks, or ValueError
-    group_bytes, super_bytes = _PLANE_BYTES[kind.name]
+    group_bytes, super_bytes = PLANE_BYTES[kind.name]
     groups = -(-columns // 32)
     if kind.block_size > 1:
         groups = -(-groups // 8) * 8

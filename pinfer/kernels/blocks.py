@@ -27,9 +27,9 @@ def _half(blocks: Tensor, at: int) -> Tensor:
     return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
 
 
-def _nibbles(packed: Tensor) -> Tensor:
-    """[blocks, n] bytes to [blocks, 2n]: all low halves, then all high halves."""
-    return torch.cat([packed & 15, packed >> 4], dim=1)
+def nibbles(packed: Tensor) -> Tensor:
+    """[..., n] bytes to [..., 2n]: all low halves, then all high halves."""
+    return torch.cat([packed & 15, packed >> 4], dim=-1)
 
 
 def _fifth_bits(blocks: Tensor, at: int) -> Tensor:
@@ -57,12 +57,12 @@ def _q8_0(blocks: Tensor) -> Tensor:
 
 def q4_quants(blocks: Tensor, at: int) -> Tensor:
     """Q4_0 and Q4_1: 0..15 [blocks, 32]; `at` is where the nibbles begin."""
-    return _nibbles(blocks[:, at:])
+    return nibbles(blocks[:, at:])
 
 
 def q5_quants(blocks: Tensor, at: int) -> Tensor:
     """Q5_0 and Q5_1: 0..31 [blocks, 32]; `at` is where the fifth bits begin."""
-    return _nibbles(blocks[:, at + 4 :]) | _fifth_bits(blocks, at)
+    return nibbles(blocks[:, at + 4 :]) | _fifth_bits(blocks, at)
 
 
 def _q4_0(blocks: Tensor) -> Tensor:

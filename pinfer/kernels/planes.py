@@ -30,7 +30,7 @@ import torch
 
 from pinfer import quant
 from pinfer.kernels import blocks as ggml
-from pinfer.quant import QuantTensor, QuantType, planes_row_bytes
+from pinfer.quant import PLANE_BYTES, QuantTensor, QuantType, planes_row_bytes
 
 Tensor = torch.Tensor
 GROUP = 32  # weights
@@ -108,8 +108,9 @@ class _Planes:
         room = -(-groups // 8) * 8
         self._at = 0
         self.parts = [self._take(4 * bits, room) for bits in self.form.bits]  # 32 quants of b bits: 4 b bytes
-        self.scales = self._take(_SCALE_BYTES[kind.name], room)
-        self.supers = self._take(4, room // 8)[:, : groups // 8]
+        group_bytes, super_bytes = PLANE_BYTES[kind.name]
+        self.scales = self._take(group_bytes - 4 * sum(self.form.bits), room)
+        self.supers = self._take(super_bytes, room // 8)[:, : groups // 8]
 
     @classmethod
     def of(cls, weight: QuantTensor) -> _Planes:
@@ -117,8 +118,6 @@ class _Planes:
 
     def _take(self, n_bytes: int, room: int) -> Tensor:
         """The next plane, [rows, groups, n_bytes]; eight-bit quants are [rows, 2, groups, 16] in memory."""
-        if self._at + n_bytes * room > self.rows.shape[1]:  # a type without supers ends before them
-            return self.rows[:, :0].reshape(self.rows.shape[0], 0, n_bytes)
         plane = self.rows[:, self._at : self._at + n_bytes * room]
         self._at += n_bytes * room
         if n_bytes == GROUP:
@@ -156,10 +155,6 @@ class _Planes:
 
 def _pack_nibbles(quants: Tensor) -> Tensor:
     return quants[..., :16] | quants[..., 16:] << 4
-
-
-def _unpack_nibbles(packed: Tensor) -> Tensor:
-    return torch.cat([packed & 15, packed >> 4], dim=-1)
 
 
 def _by_word(quants: Tensor) -> Tensor:
@@ -208,7 +203,7 @@ _PACK: dict[int, Callable[[Tensor], Tensor]] = {
 }
 _UNPACK: dict[int, Callable[[Tensor], Tensor]] = {
     8: lambda packed: packed,
-    4: _unpack_nibbles,
+    4: ggml.nibbles,
     2: _unpack_small(2),
     1: _unpack_small(1),
 }
@@ -228,8 +223,6 @@ def _one_half(at: int) -> Callable[[Tensor], Tensor]:
     return lambda blocks: torch.nn.functional.pad(blocks[:, at : at + 2], (0, 2))
 
 
-_SCALE_BYTES = {"Q4_1": 4, "Q5_1": 4, **dict.fromkeys(("Q8_0", "Q4_0", "Q5_0"), 2)}
-_SCALE_BYTES |= dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"), 2)
 _FORMS: dict[QuantType, _Form] = {
     quant.Q8_0: _Form(lambda blocks: blocks[:, 2:] ^ 128, (8,), 128, _head(0, 2)),
     quant.Q4_0: _Form(lambda blocks: ggml.q4_quants(blocks, 2), (4,), 8, _head(0, 2)),

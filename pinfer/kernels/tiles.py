@@ -333,3 +333,12 @@ def store_sums(out_ptr, sums, minima, g, WIDTH: tl.constexpr, GROUPS: tl.constex
             total -= tl.sum(minimum, axis=0)[:, None]
         column = columns_at(g, i, GROUPS, TYPE)
         tl.store(out_ptr + column, total, mask=(column < WIDTH) & (g < GROUPS)[:, None])
+
+
+@triton.jit
+def store_row(row_ptr, wanted, scale, out_ptr, g, WIDTH: tl.constexpr, GROUPS: tl.constexpr, TYPE: tl.constexpr):
+    """Write scale [1] times the row at `row_ptr` (a pointer [1]) at the columns of the groups g, float32."""
+    raw = load_raw(row_ptr, wanted, g, GROUPS, TYPE)
+    sums, minima = no_sums(1, g.shape[0])
+    sums, minima = add_rows(sums, minima, raw, scale, TYPE)
+    store_sums(out_ptr, sums, minima, g, WIDTH, GROUPS, TYPE)

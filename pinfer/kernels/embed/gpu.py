@@ -12,7 +12,7 @@ import triton.language as tl
 from pinfer.kernels.aot import BYTES, FLOATS, LONGS, Build
 from pinfer.kernels.embed.reference import check_inputs
 from pinfer.kernels.planes import repack
-from pinfer.kernels.tiles import add_rows, groups_of, load_raw, no_sums, store_sums
+from pinfer.kernels.tiles import groups_of, store_row
 from pinfer.quant import BY_NAME, QuantTensor
 
 BLOCK_G, NUM_WARPS = 32, 1  # a group of 32 weights a thread
@@ -27,10 +27,9 @@ def _embed_kernel(
     g = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
     row = tl.load(ids_ptr + token)  # [1]
     known = (row >= 0) & (row < rows)  # the host does not wait for the ids to refuse one: its row is NaN
-    raw = load_raw(rows_ptr + (token if GATHERED else row) * row_stride, known, g, GROUPS, TYPE)
-    sums, minima = no_sums(1, BLOCK_G)
-    sums, minima = add_rows(sums, minima, raw, tl.where(known, scale, float("nan")), TYPE)
-    store_sums(out_ptr + tl.program_id(0).to(tl.int64) * WIDTH, sums, minima, g, WIDTH, GROUPS, TYPE)
+    row_ptr = rows_ptr + (token if GATHERED else row) * row_stride
+    out_ptr += tl.program_id(0).to(tl.int64) * WIDTH
+    store_row(row_ptr, known, tl.where(known, scale, float("nan")), out_ptr, g, WIDTH, GROUPS, TYPE)
 
 
 def embed(ids: torch.Tensor, table: QuantTensor, *, scale: float = 1.0) -> torch.Tensor:
