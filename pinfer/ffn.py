@@ -1,6 +1,6 @@
 """The FFN blocks of a model, interchangeable: `ffn(x, residual) -> y`.
 
-y = Σ_i act(g_i · x)(u_i · x) d_i over the neurons i. DenseFFN computes all of them, SparseFFN the
+y = Σ_i act(g_i · x)(u_i · x) d_i over the neurons i, u_i · x clamped at 0 under dReLU. DenseFFN computes all of them, SparseFFN the
 ones its predictor names, HybridFFN adds a hot and a cold shard: any split of the neurons, over
 skips or over devices, is exact for the neurons it keeps.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pinfer.kernels.ops import add, glu, quant_matmul, sparse_ffn, tally
+from pinfer.kernels.tuning import expect_density
 from pinfer.predictors import Prediction, Predictor
 from pinfer.quant import QuantTensor
 
@@ -98,16 +99,17 @@ class SparseFFN(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         prediction: Prediction = self.predictor(x, residual)
         self.activity.record(prediction, x.shape[0])
-        return sparse_ffn(
-            x,
-            self.weights.gate,
-            self.weights.up,
-            self.weights.down,
-            prediction.active,
-            activation=self.activation,
-            mask=prediction.mask,
-            gate_values=prediction.gate_values,
-        )
+        with expect_density(self.predictor.expected_density):
+            return sparse_ffn(
+                x,
+                self.weights.gate,
+                self.weights.up,
+                self.weights.down,
+                prediction.active,
+                activation=self.activation,
+                mask=prediction.mask,
+                gate_values=prediction.gate_values,
+            )
 
     def shard(self, neurons: torch.Tensor) -> SparseFFN:
         return SparseFFN(self.weights.shard(neurons), self.predictor.shard(neurons), self.activation)

@@ -13,12 +13,12 @@ import torch
 
 from pinfer.config import Method
 from pinfer.ffn import Activity, DenseFFN, FFNWeights, HybridFFN, SparseFFN
+from pinfer.kernels.activation import ZERO_BELOW_ZERO
 from pinfer.kernels.ops import embed
 from pinfer.kernels.transpose import transpose_weights
 from pinfer.models import KVCache, Transformer
 from pinfer.placement import Plan
 from pinfer.predictors import (
-    ZERO_BELOW_ZERO,
     CalibrationInputs,
     ExactPredictor,
     GateThreshold,

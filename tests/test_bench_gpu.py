@@ -23,7 +23,7 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 from bench.baselines import deja_vu, dense, teal
 from bench.gpu import __main__ as command
 from bench.gpu import bandwidth, machine, measure, run, timing, trees
-from bench.gpu.candidates import candidates
+from bench.gpu.candidates import Candidate, candidates, of_op
 from bench.gpu.cells import SHAPES, Cell, planned
 from bench.gpu.checks import check
 from bench.gpu.report import best_dense, derive, write_report
@@ -31,7 +31,8 @@ from bench.gpu.run import Bench, is_ours_and_red
 from bench.gpu.store import Store
 from bench.gpu.timing import Timer, Times
 from bench.gpu.verdict import Line, verdict
-from pinfer.kernels import ops
+from pinfer.kernels import ops, tuning
+from pinfer.kernels.registry import Op
 from pinfer.kernels.select_active.reference import Active
 from pinfer.quant import QuantTensor
 
@@ -548,15 +549,126 @@ def test_a_lost_gpu_restarts_the_run_within_the_same_time(tmp_path: Path, monkey
     assert len(calls) == 1
 
 
-def test_tuning_gets_repacked_inputs_of_our_ops_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[str, int]] = []
-    fake = SimpleNamespace(tune=lambda name, make_inputs: seen.append((name, len(make_inputs()))))
-    monkeypatch.setitem(sys.modules, "pinfer.kernels.tuning", fake)
-    monkeypatch.setattr("pinfer.kernels.tuning", fake, raising=False)
-    case = {"tokens": 1, "neurons": 40, "density": 0.3}
-    ours = Cell("select_active/pinfer", "toy", None, 1, 70, tuple(case.items()), 0)
-    run.tune([toy_cell(1), ours], run_over(tmp_path))
-    assert seen == [("select_active", 2)]
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    rows: int
+
+
+rows_taken: list[int] = []
+
+
+def rows_of(op: Op, monkeypatch: pytest.MonkeyPatch) -> Candidate:
+    """An op's reference as a candidate of ours whose launcher takes 1 row, or 2 or 4 where it is told so."""
+
+    def listed(**inputs: Any) -> Any:
+        shape = {"neurons": inputs["scores"].shape[1]}
+        options = [Launch(rows) for rows in (1, 2, 4, 8)]
+        launch = tuning.launch_for("toy", torch.device("cpu"), Launch(1), candidates=lambda: options, **shape)
+        rows_taken.append(launch.rows)
+        return op.reference(**inputs)
+
+    candidate = dataclasses.replace(of_op(op), run=listed)
+    monkeypatch.setattr(run, "candidates", lambda: {candidate.name: candidate})
+    rows_taken.clear()
+    return candidate
+
+
+def listing_cell(sparsity: int, neurons: int = 40) -> Cell:
+    case = {"tokens": 1, "neurons": neurons, "density": 1 - sparsity / 100}
+    return Cell("select_active/pinfer", "toy", None, 1, sparsity, tuple(case.items()), 0)
+
+
+def faster_with_more_rows(launches: Any, quick: bool = False) -> Times:
+    launches[0]()
+    return Times.of([100.0 / rows_taken[-1]])
+
+
+def test_cells_are_tuned_once_a_bucket_and_timed_as_tuned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows_of(ops.select_active, monkeypatch)
+    bench = run_over(tmp_path)
+    monkeypatch.setattr(bench.timer, "measure", faster_with_more_rows)
+    near, far, other = listing_cell(90), listing_cell(91), listing_cell(50)
+    bench.cells([near])
+    assert set(rows_taken) == {1}
+    run.tune([near, far, other], bench)
+    said = [line for line in capsys.readouterr().out.splitlines() if "tuned toy neurons=40" in line]
+    assert [line.split("tuned ")[1] for line in said] == 2 * ["toy neurons=40: 100.0 -> 25.0 us, 2 tried: rows=4"]
+    saved = json.loads((tmp_path / "tuning.json").read_text())["gpus"]["interpreter"]["toy neurons=40"]
+    assert list(saved) == ["0.1", "0.5"]
+    rows_taken.clear()
+    bench.cells([near, far, other, listing_cell(90, neurons=41)])  # the last was not tuned
+    records = {
+        r["config"]["case"]["neurons"] * 100 + r["config"]["sparsity_percent"]: r for r in bench.store.current("cell")
+    }
+    assert {key: record.get("tuned") for key, record in records.items()} == {
+        4090: {"toy neurons=40": {"rows": 4}},  # measured anew: on record by default alone
+        4091: {"toy neurons=40": {"rows": 4}},
+        4050: {"toy neurons=40": {"rows": 4}},
+        4190: None,
+    }
+    assert set(rows_taken) == {4, 1}
+    rows_taken.clear()
+    bench.cells([near, far, other])
+    assert rows_taken == []
+    untuned = run_over(tmp_path)  # a run without --tune beside a file of results
+    untuned.cells([near])
+    assert set(rows_taken) == {1}
+
+
+def test_tuning_stops_with_its_share_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows_of(ops.select_active, monkeypatch)
+    bench = run_over(tmp_path, seconds=-1.0)
+    run.tune([listing_cell(90), listing_cell(50)], bench)
+    assert "no time to tune 2 of 2" in capsys.readouterr().out
+    assert bench.tuned == {}
+
+
+def test_a_kernel_that_cannot_be_tuned_is_on_record_and_timed_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows_of(ops.select_active, monkeypatch)
+    bench, cell = run_over(tmp_path), listing_cell(90)
+    monkeypatch.setattr(bench.timer, "measure", lambda *_, **__: 1 / 0)
+    run.tune([cell], bench)
+    record = bench.store.find("tuning", {"launches": cell.launches})
+    assert record is not None
+    assert "ZeroDivisionError" in record["reason"]
+    assert is_ours_and_red(record)
+    assert bench.tuned == {}
+    bench.keep_failures = True  # after a restart it is left alone
+    monkeypatch.setattr(bench.timer, "copies", lambda *_: pytest.fail("tuned again"))
+    run.tune([cell], bench)
+
+
+def test_baselines_and_red_ops_are_not_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "tune", lambda *_, **__: pytest.fail("tuned"))
+    bench = run_over(tmp_path)
+    bench.failed_ops = {"quant_matmul"}
+    run.tune([toy_cell(1), toy_cell(1, "pinfer-dense")], bench)
+    assert bench.store.records == []
+
+
+def test_checks_run_with_default_launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[Any] = []
+    monkeypatch.setattr(run.Bench, "_check", lambda *_: places.append(tuning._place.get()))
+    run_over(tmp_path).checks({"select_active"})
+    assert set(places) == {(None, None)}
+
+
+@pytest.mark.parametrize(("total", "chosen"), [(0, []), (2, [0, 1]), (3, [0, 1, 2]), (4, [0, 1, 3]), (59, [0, 29, 58])])
+def test_a_few_cases_are_spread_over_all(total: int, chosen: list[int]) -> None:
+    assert run.spread(range(total), 3) == chosen
+
+
+def test_a_dry_run_checks_quantised_types_and_several_tokens(tmp_path: Path) -> None:
+    for op in (ops.sparse_ffn, ops.quant_matmul):
+        chosen = [config["case"] for config in run_over(tmp_path)._check_configs(op)]
+        assert any(case["type"].startswith("Q") for case in chosen)
+        assert any(case["tokens"] > 1 for case in chosen)
 
 
 def test_it_runs_with_torch_and_triton_alone(tmp_path: Path) -> None:
@@ -578,6 +690,10 @@ def test_bad_calls_end_in_one_line(capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command.main([]) == 2
     assert capsys.readouterr().err.count("\n") == 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("PINFER_NO_TUNING", "1")
+    assert command.main(["--tune"]) == 2
+    assert "PINFER_NO_TUNING" in capsys.readouterr().err
 
 
 # Compiled for an H100 without one: the JIT's own way, up to the launch.

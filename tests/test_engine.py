@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 
 from pinfer.config import RunConfig, SamplingConfig
-from pinfer.engine import Generation, load_engine
+from pinfer.engine import Engine, Generation, load, load_engine, prepared
 from pinfer.engine.load import calibration_sequences, calibration_tokens
 from pinfer.engine.step import DecodeStep
-from pinfer.kernels import ops
+from pinfer.kernels import ops, planes
 from pinfer.kernels.cpp import core_problem
+from pinfer.kernels.registry import use_backend
 from pinfer.quant import QuantTensor
 from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
 
@@ -63,6 +65,71 @@ def test_hybrid_gives_the_same_text(llama: Path) -> None:
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 def test_every_backend_gives_the_same_text(llama: Path, backend: str) -> None:
     assert run(llama, max_tokens=3, backend=backend).ids == run(llama, max_tokens=3).ids
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        ("gemma3", {"method": "dense"}),
+        ("llama", {"method": "exact"}),
+        ("llama", {"method": "exact", "cold_fraction": 0.5}),
+        ("gemma3", {"method": "gate_threshold", "sparsity": 0.4}),
+        ("llama", {"method": "low_rank", "predictor_rank": 32}),
+    ],
+    ids=str,
+)
+def test_triton_has_its_weights_laid_out_when_loaded(
+    tmp_path: Path, family: str, method: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    made_once = (load, "calibrate_gate_thresholds"), (load, "fit_low_rank_predictors"), (prepared, "transpose_weights")
+    for module, name in made_once:
+        monkeypatch.setattr(module, name, on_the_reference(getattr(module, name)))
+    write = write_tiny_llama if family == "llama" else write_tiny_gemma3  # gemma3's head is its embedding
+    path = str(write(tmp_path / "m.gguf", weight_type="Q8_0", n_layers=1))
+    engine = load_engine(RunConfig(model=path, backend="triton", **method))
+    weights = weights_of(engine.model)
+    assert len(weights) >= 2 + 7
+    assert {weight.layout for weight in weights} == {"planes"}
+    assert (engine.model.head is engine.model.embedding) == (family == "gemma3")
+
+    def logits(computed: Engine, backend: str) -> torch.Tensor:
+        cache = computed.model.new_cache()
+        with computed.computing(), use_backend(backend):
+            parts = [computed.model(torch.tensor(tokens), cache) for tokens in ([7, 3], [5])]
+        return torch.cat(parts)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("repacked after loading")
+
+    monkeypatch.setattr(planes, "_rearrange", refuse)
+    result = logits(engine, "triton")
+    torch.testing.assert_close(result, logits(engine, "reference"), rtol=1e-4, atol=1e-4)
+    if method["method"] in ("dense", "exact"):  # calibrated thresholds differ by the backends' rounding
+        monkeypatch.undo()
+        in_blocks = load_engine(RunConfig(model=path, backend="reference", **method))
+        assert {weight.layout for weight in weights_of(in_blocks.model)} == {"blocks"}
+        torch.testing.assert_close(result, logits(in_blocks, "reference"), rtol=1e-4, atol=1e-4)
+
+
+def on_the_reference(calibrate: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, without the interpreter, which would take minutes."""
+
+    def calibrated(*args: Any) -> Any:
+        with use_backend("reference"):
+            return calibrate(*args)
+
+    return calibrated
+
+
+def weights_of(model: torch.nn.Module) -> list[QuantTensor]:
+    """Every matrix that the modules hold, one that is held twice counted twice."""
+    seen = []
+    for module in model.modules():
+        held = list(vars(module).values())
+        held += [part for one in held if dataclasses.is_dataclass(one) for part in vars(one).values()]
+        seen += [one for one in held if isinstance(one, QuantTensor)]
+    return seen
 
 
 def test_gate_threshold_runs_any_model_without_training(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pinfer.kernels import cases, ops
+from pinfer.kernels.activation import ACTIVATIONS
 from pinfer.kernels.planes import repack
 from pinfer.kernels.registry import Op
 from pinfer.kernels.select_active import Active
@@ -215,7 +216,7 @@ def test_tally_counts_in_place_and_on(generator: torch.Generator) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu", "relu2"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_glu_at_the_extremes_is_torchs(activation: str) -> None:
     gate = torch.tensor([[0.0, -0.0, 1e-30, -1e-30, 88.0, -88.0, 200.0, -200.0, 1e14, float("inf"), NAN]])
     expected = ops.glu.reference(gate, activation=activation)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gguf
 import numpy as np
@@ -13,8 +13,11 @@ import pytest
 import torch
 
 import pinfer.kernels
+from pinfer.config import Activation
 from pinfer.kernels import ops
+from pinfer.kernels.activation import ACTIVATIONS, CLAMPS_UP, ZERO_BELOW_ZERO
 from pinfer.kernels.cpp import core_problem
+from pinfer.kernels.cpp.binding import ACTIVATION_CODES
 from pinfer.kernels.dequantize.reference import dequantize
 from pinfer.kernels.registry import BackendUnavailable, Op, use_backend
 from pinfer.kernels.select_active import Active
@@ -111,6 +114,21 @@ def test_cpu_results_do_not_depend_on_the_number_of_threads(
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("backend", ["reference", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("shape", [(36,), (0,), (1, 37)], ids=str)
+def test_a_threshold_is_one_or_one_a_row(backend: str, shape: tuple[int, ...], generator: torch.Generator) -> None:
+    if backend == "cpu" and core_problem():
+        pytest.skip(f"no CPU core: {core_problem()}")
+    inputs = ops.threshold_matmul.make_inputs(generator, type="F32", tokens=1, rows=37, columns=32)
+    with pytest.raises(ValueError, match=r"expected \[1\] or \[37\]"):
+        ops.threshold_matmul.implementation(backend)(**{**inputs, "threshold": torch.zeros(shape)})
+
+
+def test_an_activation_has_one_name_everywhere() -> None:
+    assert tuple(ACTIVATIONS) == get_args(Activation)
+    assert set(ACTIVATIONS) == set(ACTIVATION_CODES) >= {*ZERO_BELOW_ZERO, *CLAMPS_UP}
 
 
 def test_every_folder_with_a_reference_is_a_registered_op() -> None:

@@ -14,7 +14,7 @@ from pinfer.cli.main import BAD_INPUT
 from pinfer.cli.main import run as cli
 from pinfer.config import RunConfig
 from pinfer.engine import load_engine
-from pinfer.kernels.activation import activate
+from pinfer.kernels.activation import ZERO_BELOW_ZERO, activate
 from pinfer.kernels.registry import use_backend
 from pinfer.kernels.select_active import passes
 from pinfer.predictors import CalibrationInputs, LowRank, LowRankSettings, fit_low_rank, gate_threshold_for, low_rank
@@ -56,7 +56,7 @@ class Planted:
         )  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("activation", ["relu", "relu2"])
+@pytest.mark.parametrize("activation", ZERO_BELOW_ZERO)
 def test_a_planted_gate_is_found(activation: str) -> None:
     planted = Planted()
     predictor = planted.fit(activation)

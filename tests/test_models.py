@@ -62,13 +62,16 @@ class Naive:
     def ffn(self, x: torch.Tensor, layer: int) -> torch.Tensor:
         prefix = f"blk.{layer}.ffn_"
         gate = x @ self.matrix(prefix + "gate").T
-        if self.config.activation == "relu":
+        up = x @ self.matrix(prefix + "up").T
+        if self.config.activation == "drelu":
+            hidden, up = gate.clamp(min=0), up.clamp(min=0)
+        elif self.config.activation == "relu":
             hidden = gate.clamp(min=0)
         elif self.config.activation == "silu":
             hidden = gate / (1 + (-gate).exp())
         else:
             hidden = gate / 2 * (1 + (math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)).tanh())
-        return (hidden * (x @ self.matrix(prefix + "up").T)) @ self.matrix(prefix + "down").T
+        return (hidden * up) @ self.matrix(prefix + "down").T
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         gemma = self.config.architecture == "gemma3"
@@ -90,11 +93,13 @@ def models(path: Path, context: int = 64) -> tuple[Transformer, Naive]:
     return build_model(gguf, config, context), Naive(gguf, config)
 
 
-@pytest.fixture(params=["llama-relu", "llama-silu-q8_0-tied", "gemma3", "gemma3-q4_0"])
+@pytest.fixture(params=["llama-relu", "llama-drelu", "llama-silu-q8_0-tied", "gemma3", "gemma3-q4_0"])
 def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Transformer, Naive]:
     path = tmp_path / "model.gguf"
     if request.param == "llama-relu":
         write_tiny_llama(path)
+    elif request.param == "llama-drelu":
+        write_tiny_llama(path, activation="drelu")
     elif request.param == "llama-silu-q8_0-tied":
         write_tiny_llama(path, activation="silu", weight_type="Q8_0", tied=True, n_kv_heads=1)
     elif request.param == "gemma3":

@@ -108,6 +108,7 @@ def test_what_cannot_be_sparsified_says_so(relu_path: Path, gelu_path: Path) -> 
     ("method", "activation", "sparsity", "expected"),
     [
         ("auto", "relu", None, "exact"),
+        ("auto", "drelu", None, "exact"),
         ("auto", "silu", None, "dense"),
         ("auto", "silu", 0.5, "gate_threshold"),
         ("auto", "relu", 0.5, "gate_threshold"),

@@ -23,7 +23,9 @@ RUNS = [
     {"method": "exact", "activation": "relu"},
     {"method": "gate_threshold", "sparsity": 0.4},
     {"method": "exact", "activation": "relu", "cold_fraction": 0.5},
+    {"method": "exact", "activation": "drelu"},
     {"method": "low_rank", "activation": "relu", "predictor_rank": 32},
+    {"method": "low_rank", "sparsity": 0.4, "predictor_rank": 32},
 ]
 
 

@@ -10,6 +10,7 @@ from gguf.quants import quantize
 
 from pinfer.kernels.cases import random_blocks
 from pinfer.kernels.dequantize.reference import dequantize
+from pinfer.kernels.planes import repack
 from pinfer.kernels.transpose import quantize_q8_0, transpose_weights
 from pinfer.quant import BF16, F16, F32, Q4_K, Q6_K, Q8_0, QuantTensor
 
@@ -27,6 +28,12 @@ def test_floats_are_transposed_exactly(kind, generator: torch.Generator) -> None
     assert turned.shape == (50, 33)
     assert torch.equal(dequantize(turned), dequantize(weight).T)
     assert error == 0
+
+
+@pytest.mark.parametrize("kind", [F32, Q8_0], ids=str)
+def test_rows_in_planes_are_refused(kind, generator: torch.Generator) -> None:
+    with pytest.raises(ValueError, match="laid out for a GPU"):
+        transpose_weights(repack(random_blocks(generator, kind, 32, 64)))
 
 
 def test_tiles_that_share_a_scale_are_transposed_exactly(generator: torch.Generator) -> None:

@@ -17,7 +17,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--again", action="store_true", help="measure anew what this code has measured on this machine")
     made.add_argument("--only", default="", help="comma-separated: cells whose name contains one of them")
     made.add_argument("--list", action="store_true", help="print the cells in their order and stop")
-    made.add_argument("--tune", action="store_true", help="search launch parameters before timing")
+    made.add_argument(
+        "--tune", action="store_true", help="search launch parameters where none are known, and time with them"
+    )
     made.add_argument("--memory", type=float, default=0.4, help="share of free GPU memory for rotating weights")
     made.add_argument(
         "-o", "--output", type=Path, help="folder (default bench/results/<GPU>; a temporary one when dry)"
@@ -42,7 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not (options.dry_run or options.list or torch.cuda.is_available()):
         return refused("no CUDA device; --dry-run runs the same path without one")
     from bench.gpu.run import run
+    from pinfer.kernels.tuning import cache_path
 
+    if options.tune and not options.dry_run and cache_path() is None:
+        return refused("--tune has nowhere to keep its results: PINFER_NO_TUNING is set, or there is no home folder")
     return run(options, STARTED)
 
 

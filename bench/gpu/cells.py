@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from bench.gpu.candidates import FFN, candidates, op_named
+from pinfer.kernels.tuning import density_bucket
 
 MAIN_TYPES = ("F16", "BF16", "Q4_K")
 TYPES = (*MAIN_TYPES, "Q8_0", "Q4_0", "Q5_K", "Q6_K")
@@ -59,6 +60,21 @@ class Cell:
         }  # fmt: skip
 
     @property
+    def density(self) -> float | None:
+        return None if self.sparsity_percent is None else 1 - self.sparsity_percent / 100
+
+    @property
+    def kernels(self) -> str:
+        """What decides the kernels that it launches by default: all but the density."""
+        kept = (f"{key}={value}" for key, value in self.case if key != "density")
+        return " ".join((self.candidate, *kept))
+
+    @property
+    def launches(self) -> str:
+        """What decides the tuned launch parameters: cells of neighbouring densities share them."""
+        return f"{self.kernels} density {density_bucket(self.density)}"
+
+    @property
     def label(self) -> str:
         sparsity = "" if self.sparsity_percent is None else f" {self.sparsity_percent}%"
         extra = "" if self.shape != "bench" else f" {dict(self.case)}"
@@ -90,7 +106,9 @@ def levels(dry: bool) -> list[Level | None]:
     """FFN levels by importance; None stands for the other ops."""
     large = ("7B", "70B")
     if dry:
-        return [Level(large, ("F16", "Q4_K"), (1, 2), (90, 50), (*PROVIDERS, "torch-compile")), None]
+        types = ("F16", "Q4_K")
+        one_token = Level(large, types, (1,), (90, 50), (*PROVIDERS, "torch-compile"))
+        return [one_token, Level(("7B",), types, (2,), (90,), PROVIDERS), None]
     rest = tuple(name for name in TYPES if name not in MAIN_TYPES)
     return [
         Level(("7B",), MAIN_TYPES, (1,), (90, 50), PROVIDERS),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import contextlib
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ from bench.gpu.cells import Cell, planned
 from bench.gpu.checks import Outcome, check, said
 from bench.gpu.compile_ahead import compile_ahead
 from bench.gpu.machine import ROOT, clocks_now, environment, slug
-from bench.gpu.measure import generator_for, measure_bandwidth, measure_cell
+from bench.gpu.measure import DRY_VARIANTS, generator_for, measure_bandwidth, measure_cell
 from bench.gpu.report import summary, write_report
 from bench.gpu.store import Record, Store
 from bench.gpu.timing import Timer
-from bench.gpu.trees import repacked
-from pinfer.kernels import ops
+from bench.gpu.trees import clone, held_bytes, repacked
+from pinfer.kernels import ops, tuning
 from pinfer.kernels.registry import Op
 
 FIRST_GUESS_S = {"torch-compile": 45.0}  # a search over block sizes; others take 2 s until one was measured
@@ -34,7 +35,9 @@ RESERVED_S = 6.0  # for the report and the plot
 CHECKS_SHARE = 0.45  # of the time: what is unchecked by then is said, and every timed cell has its own check
 FIRST_CHECKED = ("sparse_ffn", "quant_matmul", "glu", "select_active")
 MODEL_CASES = 3  # of an op's model-sized cases: every timed cell is checked at its own size besides
-DRY_CASES = 2
+DRY_CASES = 3
+DRY_TUNED = 3
+TUNING_SHARE = 0.5  # of the time left after the checks: what is tuned is worth nothing unless it is timed
 MAX_RESTARTS = 3
 RESTARTED = "PINFER_BENCH_RESTARTED"  # "<start time>:<restarts so far>", set for the process that goes on
 
@@ -103,27 +106,31 @@ def restart(started: float, count: int, folder: Path) -> None:
 
 
 def tune(cells: list[Cell], bench: Bench) -> None:
-    """Search launch parameters of our ops at the shapes of these cells, before anything is timed.
+    """Search launch parameters of our kernels for these cells in their order, before anything is timed."""
+    until = time.time() + TUNING_SHARE * bench.left_s()
+    ours = [cell for cell in cells if candidates()[cell.candidate].provider.startswith("pinfer")]
+    groups = {cell.launches: cell for cell in reversed(ours)}  # of each its first cell, the most important
+    todo = [cell for cell in ours if groups[cell.launches] is cell][: DRY_TUNED if bench.timer.dry else None]
+    for number, cell in enumerate(todo):
+        if time.time() > until:
+            print(f"no time to tune {len(todo) - number} of {len(todo)}, which keep their defaults", flush=True)
+            break
+        bench.tune(cell)
 
-    Calls `pinfer.kernels.tuning.tune(op_name, make_inputs)`, where make_inputs() returns rotating
-    copies of an op's inputs; what it finds is the tuning module's to keep and the launchers' to use.
-    """
-    tuning = importlib.import_module("pinfer.kernels.tuning")
 
-    for cell in cells:
-        candidate = candidates()[cell.candidate]
-        if candidate.provider != "pinfer" or bench.left_s() < RESERVED_S:
-            continue
-
-        def make_inputs(cell: Cell = cell, candidate: Candidate = candidate) -> list[dict[str, Any]]:
-            generator = generator_for(cell.label, bench.timer.device)
-            return [candidate.prepare(candidate.make_inputs(generator, **dict(cell.case))) for _ in range(2)]
-
-        tuning.tune(candidate.needs[0], make_inputs)
+def spread(cases: Sequence[Any], count: int) -> list[Any]:
+    """The first, the last and others evenly between them: types and batches come one after the other."""
+    if len(cases) <= count:
+        return list(cases)
+    return [cases[number * (len(cases) - 1) // (count - 1)] for number in range(count)]
 
 
 class Bench:
-    """One run over a store; `keep_failures` leaves cells alone that have failed already."""
+    """One run over a store; `keep_failures` leaves cells alone that have failed already.
+
+    Launchers run at their defaults, but for cells that `tune` went before: a figure's record names the
+    parameters it was measured with.
+    """
 
     def __init__(self, store: Store, timer: Timer, started: float, seconds: float, keep_failures: bool) -> None:
         self.store, self.timer, self.keep_failures = store, timer, keep_failures
@@ -132,6 +139,7 @@ class Bench:
         self.unchecked = 0
         self.spent_s: dict[str, list[float]] = {}
         self.clocks: str | None = None
+        self.tuned: dict[str, dict[str, Any]] = {}  # launch parameters by kernel and shape, by cells' `launches`
 
     def left_s(self) -> float:
         return self.deadline - time.time()
@@ -139,6 +147,11 @@ class Bench:
     def done(self, kind: str, config: dict[str, Any]) -> Record | None:
         record = self.store.find(kind, config)
         return record if record is not None and (record["passed"] or self.keep_failures) else None
+
+    def measured(self, cell: Cell) -> bool:
+        """Whether the cell is on record with the launch parameters that it would take now."""
+        record = self.done("cell", cell.config)
+        return record is not None and record.get("tuned") == self.tuned.get(cell.launches)
 
     def put(self, kind: str, config: dict[str, Any], values: dict[str, Any]) -> Record:
         record = self.store.put(kind, config, values)
@@ -152,6 +165,53 @@ class Bench:
             self.put("bandwidth", {"way": way}, values)
             print(f"{way:14} {values['gb_per_s']:8.0f} GB/s", flush=True)
 
+    @contextlib.contextmanager
+    def launching_for(self, cell: Cell, tuned: bool | None = None) -> Iterator[None]:
+        """Launch as tuned for this cell, or by default if it was not; `tuned` says which."""
+        path = None
+        if cell.launches in self.tuned if tuned is None else tuned:
+            path = self.store.folder / "tuning.json" if self.timer.dry else tuning.cache_path()
+        with tuning.use_cache(path, "interpreter" if self.timer.dry else None), tuning.expect_density(cell.density):
+            yield
+
+    def tune(self, cell: Cell) -> None:
+        """Tune what this cell launches, unless that was done before, and print a line for each kernel."""
+        candidate, config = candidates()[cell.candidate], {"launches": cell.launches}
+        if self.failed_ops.intersection(candidate.needs) or (self.keep_failures and self._failed("tuning", config)):
+            return
+        try:
+            with self.launching_for(cell, tuned=True):
+                found = tuning.tune(
+                    candidate.needs[0],
+                    partial(self._rotating, cell, candidate),
+                    run=candidate.run,
+                    timer=lambda launches: self.timer.measure(launches, quick=self.timer.dry).p50_us,
+                    prepare=compile_ahead,
+                    at_most=DRY_VARIANTS if self.timer.dry else None,
+                )
+        except Exception as problem:
+            self.put("tuning", config, {"passed": False, "reason": said(problem)})
+            print(f"FAILED tuning {cell.launches}: {said(problem)}", flush=True)
+            self._still_there()
+            return
+        if found:
+            self.tuned[cell.launches] = {name: entry["launch"] for name, entry in found.items()}
+            self.put("tuning", config, {"passed": True, "found": found})
+        for name, entry in found.items():
+            print(f"{self.left_s():4.0f} s left  tuned {name}: {tuning.said(entry)}", flush=True)
+
+    def _failed(self, kind: str, config: dict[str, Any]) -> bool:
+        record = self.store.find(kind, config)
+        return record is not None and not record["passed"]
+
+    def _rotating(self, cell: Cell, candidate: Candidate) -> list[dict[str, Any]]:
+        """The cell's inputs, as often as it takes to leave the cache."""
+        generator = generator_for(cell.label, self.timer.device)
+        inputs = candidate.prepare(candidate.make_inputs(generator, **dict(cell.case)))
+        copies = self.timer.copies(candidate.bytes_moved(**inputs), held_bytes(inputs))
+        return [inputs, *(clone(inputs) for _ in range(copies - 1))]
+
+    @tuning.use_cache(None)
     def checks(self, only: set[str] | None) -> None:
         """Every case of every op with a Triton implementation, as blocks and repacked; `only` those ops."""
         for op in sorted(ops.OPS, key=lambda op: (*FIRST_CHECKED, op.name).index(op.name)):
@@ -171,9 +231,9 @@ class Bench:
             print(f"{op.name:20} {len(todo)} checks, {len(red)} failed, {compiled} kernels, {took:.1f} s", flush=True)
 
     def _check_configs(self, op: Op) -> Iterator[dict[str, Any]]:
-        spread = -(-len(op.bench_cases) // MODEL_CASES)
-        small = op.cases[:DRY_CASES] if self.timer.dry else op.cases
-        large = () if self.timer.dry else op.bench_cases[::spread]
+        step = -(-len(op.bench_cases) // MODEL_CASES)
+        small = spread(op.cases, DRY_CASES) if self.timer.dry else op.cases
+        large = () if self.timer.dry else op.bench_cases[::step]
         for case in small:
             for layout in ("blocks", "planes") if "type" in case else ("planes",):
                 yield {"op": op.name, "case": dict(case), "layout": layout}
@@ -203,7 +263,7 @@ class Bench:
     def cells(self, cells: list[Cell]) -> None:
         """Measure in order what is not on record and what the time suffices for."""
         for _, level in groupby(cells, key=lambda cell: cell.level):
-            todo = [cell for cell in level if not self.done("cell", cell.config)]
+            todo = [cell for cell in level if not self.measured(cell)]
             for first in range(0, len(todo), CELLS_PREPARED):
                 chunk = todo[first : first + CELLS_PREPARED]
                 if self.left_s() > RESERVED_S + PREPARING_S:
@@ -213,17 +273,18 @@ class Bench:
                         self._cell(cell)
 
     def _prepare(self, chunk: list[Cell]) -> None:
-        """Compile what these cells need; density and sparsity change no kernel."""
+        """Compile what these cells need; only a tuned kernel changes with the density."""
         jobs: dict[str, Callable[[], object]] = {}
         for cell in chunk:
             candidate = candidates()[cell.candidate]
             if candidate.jit and not self.failed_ops.intersection(candidate.needs):
-                kept = {key: value for key, value in cell.case if key != "density"}
-                jobs.setdefault(f"{cell.candidate} {kept}", self._compile_cell(cell, candidate))
+                kept = cell.launches if cell.launches in self.tuned else cell.kernels
+                jobs.setdefault(kept, self._compile_cell(cell, candidate))
         self.clocks = clocks_now()
         compile_ahead(jobs.values())
 
     def _compile_cell(self, cell: Cell, candidate: Candidate) -> Callable[[], object]:
+        @self.launching_for(cell)
         def job() -> None:
             made = candidate.make_inputs(generator_for(cell.label, self.timer.device), **dict(cell.case))
             inputs = candidate.prepare(made)
@@ -246,9 +307,12 @@ class Bench:
                 values = Outcome(None, candidate.tolerance, reason=f"a check of {', '.join(red)} failed").record()
                 values["skipped"] = True
             else:
-                values = measure_cell(candidate, dict(cell.case), cell.label, self.timer)
+                with self.launching_for(cell):
+                    values = measure_cell(candidate, dict(cell.case), cell.label, self.timer)
         except Exception as problem:
             values = Outcome(None, candidate.tolerance, reason=said(problem)).record()
+        if cell.launches in self.tuned:
+            values["tuned"] = self.tuned[cell.launches]
         spent = time.time() - began
         if not red:
             self.spent_s.setdefault(candidate.provider, []).append(spent)

@@ -48,7 +48,10 @@ PredictorRank = Annotated[int, typer.Option("--predictor-rank", help="Rank of lo
 Record = Annotated[bool, typer.Option("--record/--no-record", help="Repeat decode steps from a recording.")]
 Recall = Annotated[float, typer.Option("--recall", help="Share of active neurons that low_rank is to catch.")]
 ColdFraction = Annotated[float, typer.Option("--cold-fraction", help="Share of neurons on a second shard.")]
-ActivationOption = Annotated[Activation | None, typer.Option("--activation", help="Override the file's activation.")]
+ActivationOption = Annotated[
+    Activation | None,
+    typer.Option("--activation", help="Override the file's activation; drelu is ReLU on both gate and up."),
+]
 PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Activations in quantised products.")]
 BackendOption = Annotated[Backend, typer.Option("--backend", help="Where kernels run.")]
 

@@ -18,8 +18,9 @@ from pinfer.formats.gguf import GGUFFile
 from pinfer.formats.model_config import check_tensors, model_config
 from pinfer.formats.tokenizer import Tokenizer, load_tokenizer
 from pinfer.kernels.cpp import core_problem
-from pinfer.kernels.registry import check_backend, use_backend, use_int8
-from pinfer.models import Transformer, build_model
+from pinfer.kernels.planes import repack
+from pinfer.kernels.registry import backend_on, check_backend, use_backend, use_int8
+from pinfer.models import Transformer, build_model, replace_weights
 from pinfer.placement import Plan
 from pinfer.predictors import LowRank, LowRankSettings
 from pinfer.sparsify import (
@@ -118,6 +119,7 @@ def load_engine(run: RunConfig, progress: Callable[[str], None] = lambda _: None
     prepared = Prepared(gguf, config, progress)
     with engine.computing():
         _make_sparse(engine, prepared)
+        _lay_out(model)
     return dataclasses.replace(engine, notes=(*remarks, *prepared.notes, *_notes(engine)))
 
 
@@ -143,6 +145,15 @@ def _notes(engine: Engine) -> Iterator[str]:
         )
 
 
+def _lay_out(model: Transformer) -> None:
+    """Repack the weights where Triton computes, whose launchers would do so at every call; the C++ core reads blocks.
+
+    Also before calibration, which runs the dense model; what is laid out already stays as it is.
+    """
+    if backend_on(model.embedding.device) == "triton":
+        replace_weights(model, repack)
+
+
 def _make_sparse(engine: Engine, prepared: Prepared) -> None:
     if engine.method == "dense":
         return
@@ -158,6 +169,7 @@ def _predictors(engine: Engine, prepared: Prepared) -> PredictorMaker:
         return low_rank_predictors(_low_rank(engine, prepared))
     assert engine.run.sparsity is not None
     engine.progress("calibrating thresholds on the shipped text")
+    _lay_out(engine.model)
     text = CALIBRATION_TEXT.read_text(encoding="utf-8")
     tokens = calibration_tokens(engine.tokenizer, text, min(CALIBRATION_TOKENS, engine.config.context_length))
     return gate_threshold_predictors(calibrate_gate_thresholds(engine.model, tokens, engine.run.sparsity))
@@ -172,6 +184,7 @@ def _low_rank(engine: Engine, prepared: Prepared) -> list[LowRank]:
 
     def fit() -> list[LowRank]:
         engine.progress("fitting predictors on the shipped text")
+        _lay_out(engine.model)
         sequences = calibration_sequences(engine.tokenizer, text, min(FIT_TOKENS, config.context_length))
         return fit_low_rank_predictors(engine.model, sequences, settings, prepared.progress)
 

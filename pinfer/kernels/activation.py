@@ -1,4 +1,9 @@
-"""The activations of FFN gates, in torch; the kernels spell the same formulas in their languages."""
+"""The activations of FFNs, in torch; the kernels spell the same formulas in their languages.
+
+An FFN's hidden value is act(gate) · up. dReLU (Bamboo, TurboSparse; Song et al. 2024) clamps the up
+product as well, relu(gate) · relu(up): a neuron counts only where both are positive. Without an up
+it is ReLU.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +17,28 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),
     "relu": F.relu,
     "relu2": lambda g: F.relu(g).square(),
+    "drelu": F.relu,
 }
+# Exactly zero for every negative gate: such a neuron can be skipped without loss.
+ZERO_BELOW_ZERO = ("relu", "relu2", "drelu")
+CLAMPS_UP = ("drelu",)
+
+
+def check_activation(kind: str) -> None:
+    """ValueError unless `kind` names an activation; every implementation calls it."""
+    if kind not in ACTIVATIONS:
+        raise ValueError(f"activation {kind!r} is none of {', '.join(ACTIVATIONS)}")
 
 
 def activate(kind: str, gate: torch.Tensor) -> torch.Tensor:
     """Apply a named activation; ValueError for an unknown name."""
-    if kind not in ACTIVATIONS:
-        raise ValueError(f"activation {kind!r} is none of {', '.join(ACTIVATIONS)}")
+    check_activation(kind)
     return ACTIVATIONS[kind](gate)
+
+
+def hidden_of(kind: str, gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+    """The hidden values of gate and up products of one shape; act(gate) without `up`. ValueError as `activate`."""
+    hidden = activate(kind, gate)
+    if up is None:
+        return hidden
+    return hidden * (F.relu(up) if kind in CLAMPS_UP else up)

@@ -61,6 +61,12 @@ def settings() -> tuple[str, bool]:
     return _forced.get(), _int8.get()
 
 
+def backend_on(device: torch.device) -> str:
+    """The backend on which an op runs at this point whose first tensor is on `device`."""
+    forced = _forced.get()
+    return _backend_for(device) if forced == "auto" else forced
+
+
 @contextlib.contextmanager
 def observe_ops(observer: Observer) -> Iterator[None]:
     """Enter `observer(op)` around every op call of the block; recording a program does."""

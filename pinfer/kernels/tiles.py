@@ -19,11 +19,15 @@ not to be flushed, which tests/test_aot.py looks after, and |x| or |h · scale| 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from pinfer.quant import QuantTensor, QuantType
+from pinfer.kernels.aot import Build
+from pinfer.quant import BY_NAME, QuantTensor, QuantType
 
 
 def groups_of(weight: QuantTensor) -> int:
@@ -41,6 +45,15 @@ def warps_here(num_warps: int) -> int:
     return warps_of_64(num_warps) if torch.version.hip else num_warps
 
 
+def rows_and_warps(block_g: int) -> tuple[int, int]:
+    """Rows at a time and warps for tiles of `block_g` groups: a group of 32 weights a thread, 256 threads where it can be.
+
+    More groups a thread spill at 128 registers; fewer leave loads narrower than 16 bytes.
+    """
+    rows = max(1, min(16, 256 // block_g))
+    return rows, min(32, max(1, rows * block_g // 32))
+
+
 def wide_share(*kinds: QuantType) -> float | None:
     """What 16-byte loads must carry of the bytes named in a loop over rows of these types.
 
@@ -51,6 +64,34 @@ def wide_share(*kinds: QuantType) -> float | None:
         return None
     return min(
         {"Q6_K": 0.37, "Q5_K": 0.4, "Q4_K": 0.45}.get(kind.name, 0.5 if kind.block_size > 1 else 0.9) for kind in kinds
+    )
+
+
+def build_over_rows(
+    label: str,
+    kernel: Any,
+    arguments: Mapping[str, str],
+    constants: Mapping[str, Any],
+    num_warps: int,
+    *kinds: str,
+    strides: tuple[str, ...],
+    rows_share: float = 1.0,
+) -> Build:
+    """A Build of a kernel over rows of these types, with the 16-byte loads that it promises.
+
+    strides:    integer arguments that are multiples of 16.
+    rows_share: what rows have of the bytes that the loop's load instructions name, where x takes the rest.
+    """
+    share = wide_share(*(BY_NAME[kind] for kind in kinds))
+    return Build(
+        label,
+        kernel,
+        arguments,
+        constants,
+        num_warps,
+        multiples_of_16=strides,
+        wide_share=None if share is None else rows_share * share,
+        warps_of_64=warps_of_64(num_warps),
     )
 
 
@@ -292,6 +333,36 @@ def dots(raw, x, x_sums, TYPE: tl.constexpr):
         else:
             by_group = tl.sum(even + odd, axis=2) * _lower(TYPE) * scale_even - min_even * (x_sums[0] + x_sums[1])[None]
     return tl.sum(by_group, axis=1)
+
+
+@triton.constexpr_function
+def is_exact_in_bfloat16(kind):
+    return kind == "BF16"
+
+
+@triton.constexpr_function
+def tile_size(i, kind):
+    """What `scaled_plane` i is too small by."""
+    return 1.0 if is_float(kind) else 2.0**49 / (1 << _bit_of(i, kind))
+
+
+@triton.jit
+def scaled_plane(raw, i: tl.constexpr, TYPE: tl.constexpr):
+    """Plane i's weights divided by `tile_size`, float32 [ROWS, BLOCK_G, 4]: what tensor cores are given."""
+    if is_float(TYPE):
+        return plane_of(raw, i, TYPE)
+    else:
+        scales = scales_of(raw, TYPE)
+        scale, minimum = scales[i % 2] * _raise(TYPE), scales[2 + i % 2] / tile_size(i, TYPE)
+        return plane_of(raw, i, TYPE) * scale[:, :, None] - minimum[:, :, None]
+
+
+@triton.jit
+def flat_columns_at(g, i: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, TYPE: tl.constexpr):
+    """`columns_at` in one dimension, as tensor cores take planes, and which are inside a row: two [4 · BLOCK_G]."""
+    column = columns_at(g, i, GROUPS, TYPE)
+    inside = (column < WIDTH) & (g < GROUPS)[:, None]
+    return tl.reshape(column, [4 * g.shape[0]]), tl.reshape(inside, [4 * g.shape[0]])
 
 
 @triton.jit

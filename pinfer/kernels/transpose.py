@@ -23,7 +23,10 @@ def transpose_weights(weight: QuantTensor) -> tuple[QuantTensor, float]:
     """A QuantTensor [N, D] holding the transpose of `weight` [D, N], and its relative RMS error.
 
     Floats stay as they are; quantised types become Q8_0 (F16 where D is no multiple of 32).
+    ValueError for rows that are laid out for a GPU already.
     """
+    if weight.layout != "blocks":
+        raise ValueError(f"{weight!r} is laid out for a GPU: transpose it before")
     if weight.type in (F32, F16, BF16):
         dtype = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}[weight.type]
         return QuantTensor.from_dense(weight.blocks.contiguous().view(dtype).T), 0.0

@@ -1,4 +1,4 @@
-"""Llama: pre-norm attention and a gated FFN; SiLU as published, ReLU in ReGLU variants."""
+"""Llama: pre-norm attention and a gated FFN; SiLU as published, ReLU in ReGLU variants, dReLU in TurboSparse's."""
 
 from __future__ import annotations
 

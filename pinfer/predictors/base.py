@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from pinfer.kernels.ops import select_active
-from pinfer.kernels.select_active import Active, passes
+from pinfer.kernels.select_active import Active
 
 
 class Prediction(NamedTuple):
@@ -37,12 +36,11 @@ class Predictor(nn.Module, ABC):
         """Bytes of weights that a prediction reads and the FFN does not have: 0 for those that read the gate."""
         return 0
 
+    @property
+    def expected_density(self) -> float | None:
+        """The share of neurons that a prediction will name, for kernels tuned by density; None if nobody knows."""
+        return None
+
     @abstractmethod
     def shard(self, neurons: torch.Tensor) -> Predictor:
         """The same predictor for some of the neurons (int64 [H]), numbered in that order."""
-
-
-def predict_above(scores: torch.Tensor, threshold: torch.Tensor, gate_values: torch.Tensor | None) -> Prediction:
-    """A Prediction of the neurons with scores [T, N] above threshold [1] or [N]."""
-    mask = None if scores.shape[0] == 1 else passes(scores, threshold)
-    return Prediction(select_active(scores, threshold), mask, gate_values)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from pinfer.kernels.ops import quant_matmul
-from pinfer.predictors.base import Prediction, Predictor, predict_above
+from pinfer.kernels.activation import ZERO_BELOW_ZERO
+from pinfer.kernels.ops import threshold_matmul
+from pinfer.predictors.base import Prediction, Predictor
 from pinfer.quant import QuantTensor
-
-ZERO_BELOW_ZERO = ("relu", "relu2")
 
 
 class ExactPredictor(Predictor):
@@ -25,8 +24,7 @@ class ExactPredictor(Predictor):
         self.threshold = torch.zeros(1, device=gate.device)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> Prediction:
-        gate_values = quant_matmul(x, self.gate)
-        return predict_above(gate_values, self.threshold, gate_values)
+        return Prediction(*threshold_matmul(x, self.gate, self.threshold))
 
     def shard(self, neurons: torch.Tensor) -> ExactPredictor:
         return ExactPredictor(self.gate[neurons], self.activation)

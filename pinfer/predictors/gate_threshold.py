@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from pinfer.kernels.activation import activate
-from pinfer.kernels.ops import glu, quant_matmul
-from pinfer.predictors.base import Prediction, Predictor, predict_above
+from pinfer.kernels.ops import quant_matmul, threshold_matmul
+from pinfer.predictors.base import Prediction, Predictor
 from pinfer.quant import QuantTensor
 
 KEEP_ALL = -1.0  # no |act| is below it
@@ -26,9 +26,7 @@ class GateThreshold(Predictor):
         self.threshold = torch.tensor([threshold], dtype=torch.float32, device=gate.device)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> Prediction:
-        gate_values = quant_matmul(x, self.gate)
-        sizes = glu(gate_values, activation=self.activation, magnitude=True)
-        return predict_above(sizes, self.threshold, gate_values)
+        return Prediction(*threshold_matmul(x, self.gate, self.threshold, magnitude_of=self.activation))
 
     def shard(self, neurons: torch.Tensor) -> GateThreshold:
         return GateThreshold(self.gate[neurons], self.activation, float(self.threshold))

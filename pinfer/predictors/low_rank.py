@@ -21,11 +21,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pinfer.kernels.activation import activate
-from pinfer.kernels.ops import dequantize, glu, quant_matmul
+from pinfer.kernels.activation import ZERO_BELOW_ZERO, activate
+from pinfer.kernels.ops import dequantize, glu, quant_matmul, threshold_matmul
 from pinfer.kernels.select_active import passes
-from pinfer.predictors.base import Prediction, Predictor, predict_above
-from pinfer.predictors.exact import ZERO_BELOW_ZERO
+from pinfer.predictors.base import Prediction, Predictor
 from pinfer.predictors.gate_threshold import KEEP_ALL, gate_threshold_for
 from pinfer.quant import F16, Q8_0, QuantTensor, QuantType
 from pinfer.quantize import quantize
@@ -118,11 +117,17 @@ class LowRank(Predictor):
     def own_bytes(self) -> int:
         return self.first.nbytes + self.second.nbytes
 
+    @property
+    def expected_density(self) -> float | None:
+        return None if self.quality is None else self.quality.density
+
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> Prediction:
-        return predict_above(self.scores(x), self.threshold, None)
+        magnitude_of = self.activation if self.by_magnitude else None
+        named = threshold_matmul(quant_matmul(x, self.first), self.second, self.threshold, magnitude_of=magnitude_of)
+        return Prediction(named.active, named.mask, None)  # its values are estimates of the gate
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
-        """What is compared with the threshold, float32 [T, N], for x float32 [T, D]."""
+        """What `forward` compares with the threshold, float32 [T, N], for x float32 [T, D]; calibration wants all of it."""
         gates = quant_matmul(quant_matmul(x, self.first), self.second)
         return glu(gates, activation=self.activation, magnitude=True) if self.by_magnitude else gates
 
@@ -140,6 +145,7 @@ class LowRank(Predictor):
     def parts(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Its tensors, and the rest as plain data: what `from_parts` makes it of again."""
         assert self.quality is not None  # `fit_low_rank` sets it
+        assert self.first.layout == self.second.layout == "blocks"  # as a file keeps them
         tensors = {"first": self.first.blocks, "second": self.second.blocks, "threshold": self.threshold}
         return tensors, {"by_magnitude": self.by_magnitude, "quality": asdict(self.quality)}
 

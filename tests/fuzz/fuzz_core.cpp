@@ -90,7 +90,7 @@ void add_sparse_ffn(Memory& m) {
     a.x = m.floats(tokens * columns), a.tokens = tokens;
     a.indices = m.of(listed), a.count = m.of<int32_t>({int32_t(listed.size())});
     a.mask = mask, a.gate_values = one_in(3) ? m.floats(tokens * neurons) : nullptr;
-    a.activation = int32_t(below(4)), a.int8 = int32_t(below(2));
+    a.activation = int32_t(below(5)), a.int8 = int32_t(below(2));
     a.y = m.output(tokens * columns), a.hidden = m.output(neurons * tokens, false);
     a.scratch = a.int8 ? m.scratch(2 * pinfer_scratch_bytes(tokens, columns)) : nullptr;
     m.step(PINFER_SPARSE_FFN, a);

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pinfer.kernels import cases, ops
+from pinfer.kernels.activation import ACTIVATIONS
 from pinfer.kernels.cpp import binding, core_problem
 from pinfer.kernels.registry import Op
 from pinfer.quant import BY_NAME, QuantTensor
@@ -106,7 +107,7 @@ def ffns(draw: st.DrawFn) -> Case:
         neurons=neurons,
         width=columns,
         density=draw(st.sampled_from([0.0, 0.02, 0.3, 1.0])),
-        activation=draw(st.sampled_from(["silu", "gelu_tanh", "relu", "relu2"])),
+        activation=draw(st.sampled_from(list(ACTIVATIONS))),
         gated=draw(st.booleans()),
         masked=draw(st.booleans()),
         with_gate_values=draw(st.booleans()),

@@ -73,7 +73,7 @@ struct pinfer_select_arguments {
     int32_t* count;
 };
 
-// y [tokens, D] = Σ over listed neurons n of act(g_n) · (up_n · x) · down_n
+// y [tokens, D] = Σ over listed neurons n of act(g_n) · (up_n · x) · down_n; dReLU clamps up_n · x at 0
 struct pinfer_sparse_ffn_arguments {
     pinfer_matrix gate, up, down;  // up.blocks is null for an ungated FFN
     const float* x;
@@ -113,7 +113,7 @@ struct pinfer_add_arguments {
     float* y;
 };
 
-// y = act(gate) · up, act(gate) where up is null, |act(gate)| with `magnitude`
+// y = act(gate) · up (dReLU: of up clamped at 0), act(gate) where up is null, |act(gate)| with `magnitude`
 struct pinfer_glu_arguments {
     const float *gate, *up;
     int64_t count;

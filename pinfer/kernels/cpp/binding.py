@@ -17,7 +17,7 @@ from pinfer.quant import QuantTensor
 # shipped model decodes at a third of the speed it has on one.
 WORTH_WAKING = 400_000
 
-ACTIVATION_CODES = {"silu": 0, "gelu_tanh": 1, "relu": 2, "relu2": 3}
+ACTIVATION_CODES = {"silu": 0, "gelu_tanh": 1, "relu": 2, "relu2": 3, "drelu": 4}  # vectors.h
 
 
 class Matrix(ctypes.Structure):

@@ -208,7 +208,7 @@ void hidden_values(const pinfer_sparse_ffn_arguments& a, const Inputs& gate_in, 
         a.up, up_in, 0, count, [&](int64_t i) { return int64_t(a.indices[alive[i]]); },
         [&](int64_t i, int64_t t, float u) {
             float& h = a.hidden[alive[i] * T + t];
-            if (h != 0) h *= u;  // a neuron that does not count must not become NaN
+            if (h != 0) h *= activate_up(a.activation, u);  // a neuron that does not count must not become NaN
         });
 }
 
@@ -338,13 +338,13 @@ void glu(Team& team, const pinfer_glu_arguments& a) {
         for (; i + LANES <= last; i += LANES) {
             F32 v = activate(a.activation, load<F32>(a.gate + i));
             if (a.magnitude) v = v < 0.0f ? -v : v;
-            if (a.up) v *= load<F32>(a.up + i);
+            if (a.up) v *= activate_up(a.activation, load<F32>(a.up + i));
             store(a.y + i, v);
         }
         for (; i < last; ++i) {
             float v = activate(a.activation, a.gate[i]);
             if (a.magnitude) v = __builtin_fabsf(v);
-            a.y[i] = a.up ? v * a.up[i] : v;
+            a.y[i] = a.up ? v * activate_up(a.activation, a.up[i]) : v;
         }
     });
 }

@@ -265,7 +265,7 @@ inline F32 exponential(F32 x) {
     return p * (F32)power;
 }
 
-enum Activation { SILU = 0, GELU_TANH = 1, RELU = 2, RELU2 = 3 };
+enum Activation { SILU = 0, GELU_TANH = 1, RELU = 2, RELU2 = 3, DRELU = 4 };
 
 inline F32 activate(int kind, F32 g) {
     const F32 zero = {};
@@ -274,11 +274,19 @@ inline F32 activate(int kind, F32 g) {
         // 0.5 (1 + tanh z) = 1 / (1 + exp(-2 z))
         case GELU_TANH: return g / (1.0f + exponential(g * -1.5957691216057308f * (1.0f + 0.044715f * g * g)));
         // NaN passes through: it must not look like an inactive neuron.
-        case RELU: return g < zero ? zero : g;
+        case RELU:
+        case DRELU: return g < zero ? zero : g;
         default: return g < zero ? zero : g * g;
     }
 }
 inline float activate(int kind, float g) { return activate(kind, splat(g))[0]; }
+
+// What the up product contributes: dReLU clamps it, others take it as it is. NaN passes through.
+inline F32 activate_up(int kind, F32 u) {
+    const F32 zero = {};
+    return kind == DRELU ? (u < zero ? zero : u) : u;
+}
+inline float activate_up(int kind, float u) { return kind == DRELU && u < 0.0f ? 0.0f : u; }
 
 }  // namespace PINFER_NAMESPACE
 }  // namespace pinfer

@@ -1,4 +1,4 @@
-"""glu: act(gate) · up, or |act(gate)|."""
+"""glu: act(gate) · up (both clamped for dReLU), or |act(gate)|."""
 
 from typing import Any
 
@@ -42,6 +42,8 @@ OP = Op(
         *({"tokens": 1, "neurons": 431, "activation": name, "gated": False} for name in ACTIVATIONS),
         {"tokens": 3, "neurons": 37, "activation": "silu", "gated": False, "magnitude": True},
         {"tokens": 3, "neurons": 431, "activation": "relu2"},
+        {"tokens": 3, "neurons": 431, "activation": "drelu"},
+        {"tokens": 3, "neurons": 37, "activation": "drelu", "gated": False, "magnitude": True},
     ),
     bench_cases=({"tokens": 1, "neurons": 11008, "activation": "silu"},),
     bytes_moved=_bytes_moved,

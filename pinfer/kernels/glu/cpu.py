@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from pinfer.kernels.activation import check_activation
 from pinfer.kernels.cpp.binding import ACTIVATION_CODES, GLU, floats, pointer, run
 from pinfer.kernels.glu.reference import check_inputs
 
@@ -14,8 +15,7 @@ def glu(
     gate: torch.Tensor, up: torch.Tensor | None = None, *, activation: str, magnitude: bool = False
 ) -> torch.Tensor:
     check_inputs(gate, up, magnitude)
-    if activation not in ACTIVATION_CODES:
-        raise ValueError(f"activation {activation!r} is none of {', '.join(ACTIVATION_CODES)}")
+    check_activation(activation)
     gate, up = floats(gate), None if up is None else floats(up)
     out = torch.empty(gate.shape)
     arguments = GLU(pointer(gate), pointer(up), gate.numel(), ACTIVATION_CODES[activation], magnitude, pointer(out))

@@ -1,6 +1,7 @@
 """glu in Triton: act(gate) · up in one pass, where torch takes a launch for each of the two.
 
 out = act(gate) · up, act(gate) or |act(gate)|        (Shazeer 2020; the magnitude: CATS, Lee et al. 2024)
+dReLU: out = relu(gate) · relu(up)                    (TurboSparse, Song et al. 2024)
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pinfer.kernels.activation import ACTIVATIONS
+from pinfer.kernels.activation import ACTIVATIONS, check_activation
 from pinfer.kernels.aot import FLOATS, Build
 from pinfer.kernels.glu.reference import check_inputs
 
@@ -24,11 +25,20 @@ def activate(g, ACTIVATION: tl.constexpr):
         # g / 2 · (1 + tanh z) = g · sigmoid(2 z), z = sqrt(2 / π) (g + 0.044715 g³)
         h = g / (1.0 + tl.exp(-2 * 0.7978845608028654 * (g + 0.044715 * g * g * g)))
     else:
-        tl.static_assert(ACTIVATION == "relu" or ACTIVATION == "relu2", "unknown activation")
+        known: tl.constexpr = ACTIVATION == "relu" or ACTIVATION == "relu2" or ACTIVATION == "drelu"
+        tl.static_assert(known, "unknown activation")
         h = tl.where(g < 0.0, 0.0, g)  # as in torch, NaN stays NaN
         if ACTIVATION == "relu2":
             h = h * h
     return h
+
+
+@triton.jit
+def activate_up(u, ACTIVATION: tl.constexpr):
+    """What the up product contributes: dReLU clamps it, others take it as it is."""
+    if ACTIVATION == "drelu":
+        u = tl.where(u < 0.0, 0.0, u)
+    return u
 
 
 @triton.jit
@@ -40,7 +50,7 @@ def _glu_kernel(
     mask = at < size
     h = activate(tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32), ACTIVATION)  # [BLOCK]
     if HAS_UP:
-        h *= tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
+        h *= activate_up(tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32), ACTIVATION)  # [BLOCK]
     if MAGNITUDE:
         h = tl.abs(h)
     tl.store(out_ptr + at, h, mask=mask)
@@ -50,8 +60,7 @@ def glu(
     gate: torch.Tensor, up: torch.Tensor | None = None, *, activation: str, magnitude: bool = False
 ) -> torch.Tensor:
     check_inputs(gate, up, magnitude)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
+    check_activation(activation)
     gate = gate.contiguous()
     out = torch.empty(gate.shape, dtype=torch.float32, device=gate.device)
     _glu_kernel[(triton.cdiv(gate.numel(), BLOCK),)](

@@ -1,24 +1,21 @@
-"""The gate of an FFN: act(gate) · up (Shazeer 2020), in plain torch."""
+"""The gate of an FFN: act(gate) · up (Shazeer 2020), dReLU's relu(gate) · relu(up), in plain torch."""
 
 from __future__ import annotations
 
 import torch
 
-from pinfer.kernels.activation import activate
+from pinfer.kernels.activation import activate, hidden_of
 
 
 def glu(
     gate: torch.Tensor, up: torch.Tensor | None = None, *, activation: str, magnitude: bool = False
 ) -> torch.Tensor:
-    """act(gate) · up, or act(gate) without `up`; with `magnitude`, |act(gate)|, what CATS ranks neurons by.
+    """act(gate) · up, its up clamped for dReLU, or act(gate) without `up`; with `magnitude`, |act(gate)|, what CATS ranks neurons by.
 
     gate, up: float32 [T, N]. Returns float32 [T, N].
     """
     check_inputs(gate, up, magnitude)
-    value = activate(activation, gate)
-    if magnitude:
-        return value.abs()
-    return value if up is None else value * up
+    return activate(activation, gate).abs() if magnitude else hidden_of(activation, gate, up)
 
 
 def check_inputs(gate: torch.Tensor, up: torch.Tensor | None, magnitude: bool) -> None:

@@ -41,6 +41,7 @@ OP = Op(
         ),
         {"type": "Q8_0", "tokens": 3, "inputs": 131, "outputs": 1056, "density": 0.3},
         {"type": "Q8_0", "tokens": 19, "inputs": 7, "outputs": 32, "density": 0.5},
+        {"type": "Q5_K", "tokens": 16, "inputs": 70, "outputs": 768, "density": 0.1},
         {"type": "F16", "tokens": 1, "inputs": 9, "outputs": 31, "density": 0.0},
         {"type": "F32", "tokens": 2, "inputs": 9, "outputs": 123, "density": 1.0},
     ),

@@ -31,7 +31,7 @@ def _rope_kernel(
         is_second = column >= DIM // 2
         partner = tl.where(is_second, column - DIM // 2, column + DIM // 2)
         pair = tl.minimum(column, partner)
-    position = tl.load(start_ptr) + token
+    position = tl.load(start_ptr) + token + tl.zeros_like(column)  # [D], all the same
     # A position that the table lacks gives NaN: the host does not wait for `start` to refuse it.
     known = (column < DIM) & (position >= 0) & (position < positions)
     angle = position * (DIM // 2) + pair

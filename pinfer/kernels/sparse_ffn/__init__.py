@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from pinfer.kernels import cases
+from pinfer.kernels.activation import ACTIVATIONS
 from pinfer.kernels.registry import Op
 from pinfer.kernels.select_active.reference import Active, select_active
 from pinfer.kernels.sparse_ffn.reference import sparse_ffn as reference
@@ -59,6 +60,7 @@ def _bytes_moved(
     return int(active.count) * per_neuron + 4 * (2 * x.numel() + int(active.count))
 
 
+_OTHERS = tuple(name for name in ACTIVATIONS if name != "silu")
 _SMALL: dict[str, Any] = {"tokens": 1, "neurons": 23, "density": 0.4}
 
 OP = Op(
@@ -69,7 +71,7 @@ OP = Op(
     make_inputs=_make_inputs,
     cases=(
         *({"type": name, "width": cases.columns_for(name), **_SMALL} for name in BY_NAME),
-        *({"type": "Q8_0", "width": 96, "activation": name, **_SMALL} for name in ("relu", "relu2", "gelu_tanh")),
+        *({"type": "Q8_0", "width": 96, "activation": name, **_SMALL} for name in _OTHERS),
         {"type": "F32", "tokens": 1, "neurons": 431, "width": 123, "density": 0.1, "activation": "relu"},
         {"type": "F16", "tokens": 1, "neurons": 23, "width": 123, "density": 0.0},
         {"type": "F32", "tokens": 1, "neurons": 23, "width": 123, "density": 1.0},
@@ -84,6 +86,23 @@ OP = Op(
         {"type": "Q4_K", "tokens": 5, "neurons": 41, "width": 512, "density": 0.2, "down_type": "Q8_0", "int8": True,
          "activation": "relu"},
         {"type": "Q4_0", "tokens": 19, "neurons": 41, "width": 64, "density": 0.2, "masked": True, "int8": True},
+        {"type": "F32", "width": 123, "activation": "drelu", "with_gate_values": True, **_SMALL},
+        {"type": "F32", "width": 31, "activation": "drelu", "gated": False, **_SMALL},
+        {"type": "Q4_K", "width": 256, "activation": "drelu", "int8": True, "down_type": "Q8_0", **_SMALL},
+        *(
+            {"type": "Q8_0", "tokens": tokens, "neurons": 41, "width": 64, "density": 0.2, "masked": True,
+             "activation": "drelu", "int8": int8}
+            for tokens in (3, 19) for int8 in (False, True)
+        ),
+        *({"type": name, "tokens": 2, "neurons": 23, "width": cases.columns_for(name), "density": 0.3, "masked": True}
+          for name in BY_NAME),
+        {"type": "Q4_K", "tokens": 16, "neurons": 160, "width": 1280, "density": 0.05, "masked": True,
+         "down_type": "Q8_0"},
+        {"type": "Q6_K", "tokens": 4, "neurons": 90, "width": 256, "density": 1.0, "down_type": "F16"},
+        {"type": "BF16", "tokens": 7, "neurons": 23, "width": 64, "density": 0.0, "masked": True},
+        {"type": "F16", "tokens": 3, "neurons": 40, "width": 31, "density": 0.3, "gated": False, "activation": "relu"},
+        {"type": "Q5_K", "tokens": 9, "neurons": 40, "width": 256, "density": 0.3, "gated": False,
+         "with_gate_values": True, "masked": True, "activation": "relu2"},
     ),
     bench_cases=tuple(
         {"type": name, "tokens": 1, "neurons": 11008, "width": 4096, "density": density, "int8": True}
@@ -92,5 +111,5 @@ OP = Op(
     ),
     takes_int8=True,
     bytes_moved=_bytes_moved,
-    tolerance=1e-5,
+    tolerance=2e-5,  # three products of 17-bit numbers on tensor cores
 )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pinfer.kernels.activation import activate
+from pinfer.kernels.activation import hidden_of
 from pinfer.kernels.cpp import binding
 from pinfer.kernels.cpp.binding import ACTIVATION_CODES, floats, matrix, pointer
 from pinfer.kernels.dequantize.cpu import dequantize
@@ -73,9 +73,7 @@ def _through_gemm(
     out = torch.zeros(x.shape[0], down.columns)
     for listed in active.indices[: int(active.count)].long().split(max(1, GEMM_CHUNK_WEIGHTS // down.columns)):
         pre = quant_matmul(x, gate[listed], int8=int8) if gate_values is None else gate_values[:, listed]
-        hidden = activate(activation, pre)
-        if up is not None:
-            hidden = hidden * quant_matmul(x, up[listed], int8=int8)
+        hidden = hidden_of(activation, pre, None if up is None else quant_matmul(x, up[listed], int8=int8))
         if mask is not None:
             hidden = torch.where(mask[:, listed], hidden, 0.0)
         out += hidden @ dequantize(down[listed])

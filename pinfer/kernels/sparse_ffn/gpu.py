@@ -1,4 +1,4 @@
-"""sparse_ffn in Triton: one fused persistent kernel over the active list, then a sum of partial rows.
+"""sparse_ffn in Triton: for one token one fused persistent kernel over the active list, then a sum of partial rows.
 
     y = Σ over active neurons i of act(g_i · x) · (u_i · x) · d_i
 
@@ -11,38 +11,48 @@ The rows' loads come before the sums that need them: a sum over a row ends in a 
 is moved across, and the gate's 16 bytes a thread alone would leave memory idle. Under EARLY_EXIT, the
 rule for ReLU where the list comes from a guess, up and down are asked for only once the gate is
 known to be active: inactive rows cost a third of their bytes.
+
+Several tokens share the union of their lists, and each listed row is read once for all of them: gate
+and up products on tensor cores, h [T, K] through memory with each token's mask applied, then the
+sums of down rows on tensor cores (see `tensor_cores`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from pinfer.kernels import combine as combining
+from pinfer.kernels.activation import ZERO_BELOW_ZERO
 from pinfer.kernels.aot import BYTES, FLOATS, INTS, Build
-from pinfer.kernels.glu.gpu import activate
+from pinfer.kernels.combine import combine
+from pinfer.kernels.glu.gpu import activate, activate_up
 from pinfer.kernels.planes import repack
 from pinfer.kernels.rounding import rounded_for
 from pinfer.kernels.select_active.reference import Active
 from pinfer.kernels.sparse_ffn.reference import check_inputs
+from pinfer.kernels.tensor_cores import products, products_build, row_sums, row_sums_build
 from pinfer.kernels.tiles import (
     add_rows,
+    build_over_rows,
     dots,
     groups_of,
     load_raw,
     load_x,
     no_sums,
+    rows_and_warps,
     store_sums,
     sums_of,
     warps_here,
-    warps_of_64,
-    wide_share,
 )
+from pinfer.kernels.tuning import launch_for
 from pinfer.quant import BY_NAME, QuantTensor
 
-COMBINE_BLOCK, COMBINE_WARPS = 256, 2
+HIDDEN_BLOCK, HIDDEN_WARPS = 256, 2
 PROGRAMS_INTERPRETED = 3  # without a device: few, as each costs the interpreter 0.3 ms
 
 
@@ -56,34 +66,35 @@ class Launch:
 
     @classmethod
     def of(cls, width: int) -> Launch:
-        """A thread for each group of 32 weights, 256 threads where the width allows it.
-
-        More groups a thread spill at 128 registers; fewer leave loads narrower than 16 bytes. Two
-        programs of 256 threads fill the registers of a multiprocessor.
-        """
-        groups = triton.next_power_of_2(-(-width // 32))
-        rows = max(1, min(16, 256 // groups))
-        num_warps = min(32, max(1, rows * groups // 32))
+        """The untuned choice. Two programs of 256 threads fill the registers of a multiprocessor."""
+        rows, num_warps = rows_and_warps(triton.next_power_of_2(-(-width // 32)))
         return cls(rows, num_warps, max(1, 16 // num_warps))
+
+    @classmethod
+    def variants(cls, width: int) -> Iterator[Launch]:
+        """What `tuning` tries."""
+        groups, default = triton.next_power_of_2(-(-width // 32)), cls.of(width)
+        for rows in {max(1, default.rows // 2), default.rows, 2 * default.rows}:
+            for num_warps in {max(1, rows * groups // 64), max(1, rows * groups // 32)}:
+                yield from (cls(rows, num_warps, programs) for programs in (1, 2, 3, 4, 6, 8) if num_warps <= 16)
 
 
 @triton.jit
 def _sparse_ffn_kernel(
     x_ptr, gate_ptr, gate_stride, up_ptr, up_stride, down_ptr, down_stride,
-    indices_ptr, count_ptr, mask_ptr, gate_values_ptr, partial_ptr, tokens, neurons,
+    indices_ptr, count_ptr, mask_ptr, gate_values_ptr, partial_ptr,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, ACTIVATION: tl.constexpr,
     GATE_TYPE: tl.constexpr, UP_TYPE: tl.constexpr, DOWN_TYPE: tl.constexpr,
     HAS_UP: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GATE_VALUES: tl.constexpr, EARLY_EXIT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    token = tl.program_id(1).to(tl.int64)
     g = tl.arange(0, BLOCK_G)
-    x = load_x(x_ptr + token * WIDTH, g, WIDTH, GROUPS, GATE_TYPE)
+    x = load_x(x_ptr, g, WIDTH, GROUPS, GATE_TYPE)
     x_sums = sums_of(x, GATE_TYPE)
     x_up, x_up_sums = x, x_sums
     if UP_TYPE != GATE_TYPE:
-        x_up = load_x(x_ptr + token * WIDTH, g, WIDTH, GROUPS, UP_TYPE)
+        x_up = load_x(x_ptr, g, WIDTH, GROUPS, UP_TYPE)
         x_up_sums = sums_of(x_up, UP_TYPE)
     sums, minima = no_sums(ROWS, BLOCK_G)
     count = tl.load(count_ptr).to(tl.int64)
@@ -93,9 +104,9 @@ def _sparse_ffn_kernel(
         n = tl.load(indices_ptr + k, mask=k < last, other=0).to(tl.int64)  # [ROWS]
         wanted = k < last
         if HAS_MASK:
-            wanted &= tl.load(mask_ptr + token * neurons + n, mask=wanted, other=0) != 0
+            wanted &= tl.load(mask_ptr + n, mask=wanted, other=0) != 0
         if HAS_GATE_VALUES:
-            gate = tl.load(gate_values_ptr + token * neurons + n, mask=wanted, other=0.0)
+            gate = tl.load(gate_values_ptr + n, mask=wanted, other=0.0)
         else:
             raw_gate = load_raw(gate_ptr + n * gate_stride, wanted, g, GROUPS, GATE_TYPE)
         if EARLY_EXIT:
@@ -108,28 +119,43 @@ def _sparse_ffn_kernel(
             gate = dots(raw_gate, x, x_sums, GATE_TYPE)
         h = tl.where(wanted, activate(gate, ACTIVATION), 0.0)
         if HAS_UP:
-            h *= dots(raw_up, x_up, x_up_sums, UP_TYPE)
+            h *= activate_up(dots(raw_up, x_up, x_up_sums, UP_TYPE), ACTIVATION)
         sums, minima = add_rows(sums, minima, raw_down, h, DOWN_TYPE)
-    store_sums(partial_ptr + (program * tokens + token) * WIDTH, sums, minima, g, WIDTH, GROUPS, DOWN_TYPE)
+    store_sums(partial_ptr + program * WIDTH, sums, minima, g, WIDTH, GROUPS, DOWN_TYPE)
 
 
 @triton.jit
-def _combine_kernel(
-    partial_ptr, residual_ptr, external_ptr, out_ptr, programs, size,
-    HAS_RESIDUAL: tl.constexpr, HAS_EXTERNAL: tl.constexpr, BLOCK: tl.constexpr,
+def _hidden_kernel(
+    partial_ptr, gate_values_ptr, mask_ptr, indices_ptr, count_ptr, out_ptr, tokens, neurons, parts,
+    ACTIVATION: tl.constexpr, HAS_UP: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GATE_VALUES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    total = tl.zeros([BLOCK], tl.float32)
-    if HAS_RESIDUAL:
-        total += tl.load(residual_ptr + at, mask=inside, other=0.0)
-    if HAS_EXTERNAL:
-        total += tl.load(external_ptr + at, mask=inside, other=0.0)
-    row_ptr = partial_ptr + at
-    for _ in range(programs):
-        total += tl.load(row_ptr, mask=inside, other=0.0)
-        row_ptr += size
-    tl.store(out_ptr + at, total, mask=inside)
+    """h [T, N] by place in the list, of partial products [gate and up as far as there are, parts, T, N]."""
+    count, token = tl.load(count_ptr), tl.program_id(1).to(tl.int64)
+    size = tokens.to(tl.int64) * neurons
+    for first in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
+        k = first + tl.arange(0, BLOCK)
+        inside = k < count
+        n = tl.load(indices_ptr + k, mask=inside, other=0).to(tl.int64)
+        row_ptr = partial_ptr + token * neurons + k
+        if HAS_GATE_VALUES:
+            gate = tl.load(gate_values_ptr + token * neurons + n, mask=inside, other=0.0)
+        else:
+            gate = tl.zeros([BLOCK], tl.float32)
+            for _ in range(parts):
+                gate += tl.load(row_ptr, mask=inside, other=0.0)
+                row_ptr += size
+        h = activate(gate, ACTIVATION)
+        if HAS_UP:
+            up = tl.zeros([BLOCK], tl.float32)
+            for _ in range(parts):
+                up += tl.load(row_ptr, mask=inside, other=0.0)
+                row_ptr += size
+            h *= activate_up(up, ACTIVATION)
+        if HAS_MASK:
+            used = tl.load(mask_ptr + token * neurons + n, mask=inside, other=0) != 0
+            h = tl.where(used, h, 0.0)
+        tl.store(out_ptr + token * neurons + k, h, mask=inside)
 
 
 def sparse_ffn(
@@ -162,46 +188,68 @@ def partials(
     mask: torch.Tensor | None = None,
     gate_values: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The fused kernel alone, for inputs as the reference's: float32 [programs, T, D], whose sum is y."""
-    gate, down = repack(gate), repack(down)
-    up_or_gate = gate if up is None else repack(up)
-    tokens, width = x.shape
-    launch, groups = Launch.of(width), groups_of(gate)
-    x = x.contiguous()
+    """What `combine` makes y of, for inputs as the reference's: float32 [parts, T, D], whose sum is y."""
+    gate, up, down = repack(gate), None if up is None else repack(up), repack(down)
+    given = (None if mask is None else mask.contiguous(), None if gate_values is None else gate_values.contiguous())
+    compute = _fused if x.shape[0] == 1 else _batched
+    return compute(x.contiguous(), gate, up, down, active, activation, *given)
+
+
+def _fused(
+    x: torch.Tensor,
+    gate: QuantTensor,
+    up: QuantTensor | None,
+    down: QuantTensor,
+    active: Active,
+    activation: str,
+    mask: torch.Tensor | None,
+    gate_values: torch.Tensor | None,
+) -> torch.Tensor:
+    width = x.shape[1]
+    groups, up_or_gate = groups_of(gate), gate if up is None else up
+    launch = launch_for(
+        "sparse_ffn", x.device, Launch.of(width), candidates=lambda: Launch.variants(width),
+        width=width, gate=gate.type.name, up=up_or_gate.type.name, down=down.type.name, activation=activation,
+        switches=f"{up is not None} {mask is not None} {gate_values is not None}",
+    )  # fmt: skip
     programs = _programs(x.device, launch)
-    partial = torch.empty(programs, tokens, width, dtype=torch.float32, device=x.device)
-    _sparse_ffn_kernel[(programs, tokens)](
+    partial = torch.empty(programs, 1, width, dtype=torch.float32, device=x.device)
+    _sparse_ffn_kernel[(programs,)](
         x, gate.blocks, gate.blocks.stride(0), up_or_gate.blocks, up_or_gate.blocks.stride(0),
         down.blocks, down.blocks.stride(0), active.indices, active.count,
-        active.count if mask is None else mask.contiguous().view(torch.uint8),
-        x if gate_values is None else gate_values.contiguous(),
-        partial, tokens, gate.rows,
+        active.count if mask is None else mask.view(torch.uint8), x if gate_values is None else gate_values, partial,
         WIDTH=width, GROUPS=groups, ACTIVATION=activation,
         GATE_TYPE=gate.type.name, UP_TYPE=up_or_gate.type.name, DOWN_TYPE=down.type.name,
         HAS_UP=up is not None, HAS_MASK=mask is not None, HAS_GATE_VALUES=gate_values is not None,
-        EARLY_EXIT=activation in ("relu", "relu2") and gate_values is None,
+        EARLY_EXIT=activation in ZERO_BELOW_ZERO and gate_values is None,
         ROWS=launch.rows, BLOCK_G=triton.next_power_of_2(groups), num_warps=warps_here(launch.num_warps), num_stages=1,
     )  # fmt: skip
     return partial
 
 
-def combine(
-    partial: torch.Tensor, residual: torch.Tensor | None = None, external: torch.Tensor | None = None
+def _batched(
+    x: torch.Tensor,
+    gate: QuantTensor,
+    up: QuantTensor | None,
+    down: QuantTensor,
+    active: Active,
+    activation: str,
+    mask: torch.Tensor | None,
+    gate_values: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The sum over partial float32 [P, T, D], in order, on top of a residual and another device's part [T, D]."""
-    programs, tokens, width = partial.shape
-    for name, part in (("residual", residual), ("external", external)):
-        if part is not None and (part.shape != (tokens, width) or part.dtype != torch.float32):
-            raise ValueError(f"{name} is {part.dtype} {list(part.shape)}, expected torch.float32 [{tokens}, {width}]")
-    out = torch.empty(tokens, width, dtype=torch.float32, device=partial.device)
-    size = tokens * width
-    _combine_kernel[(triton.cdiv(size, COMBINE_BLOCK),)](
-        partial, partial if residual is None else residual.contiguous(),
-        partial if external is None else external.contiguous(), out, programs, size,
-        HAS_RESIDUAL=residual is not None, HAS_EXTERNAL=external is not None, BLOCK=COMBINE_BLOCK,
-        num_warps=COMBINE_WARPS, num_stages=1,
+    tokens, neurons = x.shape[0], gate.rows
+    read = [weight for weight in (gate if gate_values is None else None, up) if weight is not None]
+    partial = products(x, read, active) if read else x.new_empty(0, 1, tokens, neurons)
+    h = torch.empty(tokens, neurons, dtype=torch.float32, device=x.device)
+    blocks = triton.cdiv(neurons, HIDDEN_BLOCK) if x.is_cuda else 1
+    _hidden_kernel[(blocks, tokens)](
+        partial, x if gate_values is None else gate_values,
+        active.count if mask is None else mask.view(torch.uint8), active.indices, active.count, h,
+        tokens, neurons, partial.shape[1],
+        ACTIVATION=activation, HAS_UP=up is not None, HAS_MASK=mask is not None,
+        HAS_GATE_VALUES=gate_values is not None, BLOCK=HIDDEN_BLOCK, num_warps=HIDDEN_WARPS, num_stages=1,
     )  # fmt: skip
-    return out
+    return row_sums(h, down, active)
 
 
 def _programs(device: torch.device, launch: Launch) -> int:
@@ -218,12 +266,18 @@ def builds() -> list[Build]:
     shape += [build_of("Q8_0", "Q8_0", width) for width in (640, 2048)]
     return [
         *shape,
-        *(build_of("Q4_K", "Q8_0", 4096, activation=name) for name in ("relu", "relu2", "gelu_tanh")),
+        *(build_of("Q4_K", "Q8_0", 4096, activation=name) for name in ("relu", "relu2", "drelu", "gelu_tanh")),
         build_of("Q8_0", "Q8_0", 4096, HAS_MASK=True),
         build_of("Q8_0", "Q8_0", 4096, activation="relu", HAS_GATE_VALUES=True, HAS_MASK=True),
         build_of("F16", "F16", 4096, activation="relu", HAS_UP=False),
-        _combine_build(False),
-        _combine_build(True),
+        *(products_build(name, 4096, listed=True) for name in BY_NAME),
+        *(row_sums_build(name, 4096, listed=True) for name in BY_NAME),
+        *(products_build("Q4_K", width, listed=True) for width in (5120, 8192)),
+        *(row_sums_build("Q8_0", width, listed=True) for width in (5120, 8192)),
+        _hidden_build("silu", HAS_UP=True, HAS_MASK=True),
+        _hidden_build("drelu", HAS_UP=True, HAS_MASK=True, HAS_GATE_VALUES=True),
+        _hidden_build("gelu_tanh"),
+        *combining.builds(),
     ]
 
 
@@ -235,35 +289,29 @@ def build_of(gate: str, down: str, width: int, activation: str = "silu", **switc
         **dict.fromkeys(("gate_ptr", "up_ptr", "down_ptr", "mask_ptr"), BYTES),
         **dict.fromkeys(("indices_ptr", "count_ptr"), INTS),
         **dict.fromkeys(strides, "i64"),
-        **dict.fromkeys(("tokens", "neurons"), "i32"),
     }
     switches = {"HAS_UP": True, "HAS_MASK": False, "HAS_GATE_VALUES": False, **switches}
     launch, groups = Launch.of(width), -(-width // 32)
     constants = {
         "WIDTH": width, "GROUPS": groups, "ACTIVATION": activation,
         "GATE_TYPE": gate, "UP_TYPE": gate, "DOWN_TYPE": down, **switches,
-        "EARLY_EXIT": activation in ("relu", "relu2") and not switches["HAS_GATE_VALUES"],
+        "EARLY_EXIT": activation in ZERO_BELOW_ZERO and not switches["HAS_GATE_VALUES"],
         "ROWS": launch.rows, "BLOCK_G": triton.next_power_of_2(groups),
     }  # fmt: skip
     on = " ".join(name.lower() for name, value in switches.items() if value)
     label = f"sparse_ffn {gate} down {down} D={width} {activation} {on}"
-    return Build(
-        label,
-        _sparse_ffn_kernel,
-        arguments,
-        constants,
-        launch.num_warps,
-        multiples_of_16=strides,
-        wide_share=wide_share(BY_NAME[gate], BY_NAME[down]),
-        warps_of_64=warps_of_64(launch.num_warps),
+    return build_over_rows(
+        label, _sparse_ffn_kernel, arguments, constants, launch.num_warps, gate, down, strides=strides
     )
 
 
-def _combine_build(with_more: bool) -> Build:
+def _hidden_build(activation: str, **switches: bool) -> Build:
     arguments = {
-        **dict.fromkeys(("partial_ptr", "residual_ptr", "external_ptr", "out_ptr"), FLOATS),
-        "programs": "i32", "size": "i32",
+        **dict.fromkeys(("partial_ptr", "gate_values_ptr", "out_ptr"), FLOATS), "mask_ptr": BYTES,
+        **dict.fromkeys(("indices_ptr", "count_ptr"), INTS), **dict.fromkeys(("tokens", "neurons", "parts"), "i32"),
     }  # fmt: skip
-    constants = {"HAS_RESIDUAL": with_more, "HAS_EXTERNAL": with_more, "BLOCK": COMBINE_BLOCK}
-    label = "combine with residual and external" if with_more else "combine"
-    return Build(label, _combine_kernel, arguments, constants, COMBINE_WARPS, multiples_of_16=("size",))
+    switches = {"HAS_UP": False, "HAS_MASK": False, "HAS_GATE_VALUES": False, **switches}
+    on = " ".join(name.lower() for name, value in switches.items() if value)
+    constants = {"ACTIVATION": activation, "BLOCK": HIDDEN_BLOCK, **switches}
+    label = f"hidden {activation} {on}"
+    return Build(label, _hidden_kernel, arguments, constants, HIDDEN_WARPS, multiples_of_16=("neurons",))

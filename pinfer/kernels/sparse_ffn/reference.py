@@ -1,13 +1,14 @@
 """The sparse FFN: y = Σ over active neurons i of act(g_i · x) · (u_i · x) · d_i, in plain torch.
 
-Any subset of the neurons is exact for the neurons it keeps (PowerInfer §5.2, Deja Vu §4).
+Any subset of the neurons is exact for the neurons it keeps (PowerInfer §5.2, Deja Vu §4). dReLU
+clamps u_i · x at 0 as well (TurboSparse).
 """
 
 from __future__ import annotations
 
 import torch
 
-from pinfer.kernels.activation import ACTIVATIONS, activate
+from pinfer.kernels.activation import check_activation, hidden_of
 from pinfer.kernels.dequantize.reference import dequantize
 from pinfer.kernels.rounding import rounded_for
 from pinfer.kernels.select_active.reference import Active
@@ -44,9 +45,8 @@ def sparse_ffn(
     x = x.float()
     seen_by = (lambda weight: rounded_for(x, weight)) if int8 else (lambda weight: x)
     pre = seen_by(gate) @ dequantize(gate[listed]).T if gate_values is None else gate_values[:, listed]
-    hidden = activate(activation, pre)  # [T, K]
-    if up is not None:
-        hidden = hidden * (seen_by(up) @ dequantize(up[listed]).T)
+    up_values = None if up is None else seen_by(up) @ dequantize(up[listed]).T
+    hidden = hidden_of(activation, pre, up_values)  # [T, K]
     if mask is not None:
         hidden = torch.where(mask[:, listed], hidden, 0.0)
     return hidden @ dequantize(down[listed])
@@ -63,8 +63,7 @@ def check_inputs(
     gate_values: torch.Tensor | None,
 ) -> None:
     """ValueError for shapes or types that do not belong together; every implementation calls it."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
+    check_activation(activation)
     if x.dim() != 2 or x.shape[1] != gate.columns:
         raise ValueError(f"x is {list(x.shape)}, expected [T, {gate.columns}]")
     for name, weight in (("up", up), ("down", down)):

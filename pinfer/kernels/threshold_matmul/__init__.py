@@ -52,6 +52,8 @@ OP = Op(
         {"type": "Q4_0", "tokens": 1, "rows": 33, "columns": 96, "threshold": 1e9},
         {"type": "Q4_0", "tokens": 1, "rows": 33, "columns": 96, "threshold": -1e9},
         {"type": "Q4_K", "tokens": 1, "rows": 33, "columns": 256, "magnitude_of": "relu", "int8": True},
+        {"type": "F16", "tokens": 1, "rows": 37, "columns": 96, "magnitude_of": "drelu"},
+        {"type": "Q8_0", "tokens": 2, "rows": 37, "columns": 96, "magnitude_of": "drelu", "int8": True},
     ),
     bench_cases=(
         {"type": "Q4_K", "tokens": 1, "rows": 11008, "columns": 4096, "magnitude_of": "silu", "threshold": 0.5},

@@ -16,9 +16,8 @@ from pinfer.kernels.planes import repack
 from pinfer.kernels.quant_matmul.gpu import quant_matmul
 from pinfer.kernels.rounding import rounded_for
 from pinfer.kernels.select_active.gpu import compact, load_threshold, select_with_mask
-from pinfer.kernels.sparse_ffn.gpu import Launch
 from pinfer.kernels.threshold_matmul.reference import Thresholded, check_inputs
-from pinfer.kernels.tiles import dots, groups_of, load_raw, load_x, sums_of, warps_here, warps_of_64, wide_share
+from pinfer.kernels.tiles import build_over_rows, dots, groups_of, load_raw, load_x, rows_and_warps, sums_of, warps_here
 from pinfer.quant import BY_NAME, QuantTensor
 
 TILE = 32  # rows a program: 344 programs for 7B's 11,008 neurons, 896 for 70B's
@@ -70,15 +69,17 @@ def threshold_matmul(
         scores = values if magnitude_of is None else glu(values, activation=magnitude_of, magnitude=True)
         return Thresholded(*select_with_mask(scores, threshold), values)
     x = (rounded_for(x.float(), weight) if int8 else x).contiguous()
-    launch, groups, tiles = Launch.of(weight.columns), groups_of(weight), triton.cdiv(weight.rows, TILE)
+    groups, tiles = groups_of(weight), triton.cdiv(weight.rows, TILE)
+    block_g = triton.next_power_of_2(groups)
+    rows, num_warps = rows_and_warps(block_g)
     values = torch.empty(1, weight.rows, dtype=torch.float32, device=x.device)
     flags = torch.empty(weight.rows, dtype=torch.uint8, device=x.device)
     tile_counts = torch.empty(tiles, dtype=torch.int32, device=x.device)
     _threshold_matmul_kernel[(tiles,)](
         x, weight.blocks, weight.blocks.stride(0), threshold.contiguous(), values, flags, tile_counts, weight.rows,
         WIDTH=weight.columns, GROUPS=groups, TYPE=weight.type.name, MAGNITUDE_OF=magnitude_of or "",
-        PER_NEURON=threshold.numel() > 1, TILE=TILE, ROWS=launch.rows, BLOCK_G=triton.next_power_of_2(groups),
-        num_warps=warps_here(launch.num_warps), num_stages=1,
+        PER_NEURON=threshold.numel() > 1, TILE=TILE, ROWS=rows, BLOCK_G=block_g,
+        num_warps=warps_here(num_warps), num_stages=1,
     )  # fmt: skip
     return Thresholded(compact(flags, tile_counts, TILE), None, values)
 
@@ -97,19 +98,11 @@ def _build(name: str, columns: int, magnitude_of: str) -> Build:
         **dict.fromkeys(("x_ptr", "threshold_ptr", "values_ptr"), FLOATS), "tile_counts_ptr": INTS,
         **dict.fromkeys(("weight_ptr", "flags_ptr"), BYTES), "row_stride": "i64", "rows": "i32",
     }  # fmt: skip
-    launch, groups = Launch.of(columns), -(-columns // 32)
+    block_g = triton.next_power_of_2(-(-columns // 32))
+    rows, num_warps = rows_and_warps(block_g)
     constants = {
-        "WIDTH": columns, "GROUPS": groups, "TYPE": name, "MAGNITUDE_OF": magnitude_of,
-        "PER_NEURON": not magnitude_of, "TILE": TILE, "ROWS": launch.rows, "BLOCK_G": triton.next_power_of_2(groups),
+        "WIDTH": columns, "GROUPS": -(-columns // 32), "TYPE": name, "MAGNITUDE_OF": magnitude_of,
+        "PER_NEURON": not magnitude_of, "TILE": TILE, "ROWS": rows, "BLOCK_G": block_g,
     }  # fmt: skip
     strides, label = ("row_stride", "rows"), f"threshold_matmul {name} columns={columns} {magnitude_of}"
-    return Build(
-        label,
-        _threshold_matmul_kernel,
-        arguments,
-        constants,
-        launch.num_warps,
-        multiples_of_16=strides,
-        wide_share=wide_share(BY_NAME[name]),
-        warps_of_64=warps_of_64(launch.num_warps),
-    )
+    return build_over_rows(label, _threshold_matmul_kernel, arguments, constants, num_warps, name, strides=strides)

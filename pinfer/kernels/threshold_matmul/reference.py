@@ -14,7 +14,6 @@ from pinfer.kernels.activation import activate
 from pinfer.kernels.quant_matmul.reference import check_inputs as check_product
 from pinfer.kernels.quant_matmul.reference import quant_matmul
 from pinfer.kernels.select_active.reference import Active, passes, select_active
-from pinfer.kernels.select_active.reference import check_inputs as check_threshold
 from pinfer.quant import QuantTensor
 
 
@@ -53,4 +52,5 @@ def threshold_matmul(
 def check_inputs(x: torch.Tensor, weight: QuantTensor, threshold: torch.Tensor) -> None:
     """ValueError unless the shapes belong together; every implementation calls it."""
     check_product(x, weight)
-    check_threshold(x.new_empty(x.shape[0], 1).expand(-1, weight.rows), threshold)
+    if threshold.dim() != 1 or threshold.numel() not in (1, weight.rows):
+        raise ValueError(f"threshold is {list(threshold.shape)}, expected [1] or [{weight.rows}] for {weight!r}")

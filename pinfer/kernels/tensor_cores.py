@@ -1,0 +1,293 @@
+"""Rows in planes against up to 16 tokens at once, on tensor cores: each row is read once for all of them.
+
+    products(x, weights, active)   x · row for every listed row        [matrices, parts, T, N]
+    row_sums(h, weight, active)    Σ over listed rows of h · row       [splits, T, D]
+
+Tensor cores multiply bfloat16, so a float32 number goes in as two: the nearest bfloat16 and what is
+left, rounded as well, some 17 bits together (Henry, Tang and Heinecke 2019). Three of the four
+products are added up; low · low is below the rounding. The error is some 3e-6, where one conversion
+to half precision leaves 3e-4, and bfloat16 has float32's range, so outliers in x need no care.
+
+Columns of results go by place in the list, not by neuron: column k belongs to the k-th listed row.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from pinfer.kernels.aot import BYTES, FLOATS, INTS, Build
+from pinfer.kernels.select_active.reference import Active
+from pinfer.kernels.tiles import (
+    build_over_rows,
+    flat_columns_at,
+    groups_of,
+    is_exact_in_bfloat16,
+    load_raw,
+    scaled_plane,
+    tile_size,
+    warps_here,
+)
+from pinfer.kernels.tuning import launch_for
+from pinfer.quant import QuantTensor
+
+TOKENS = 16  # of a tile: what tensor cores take at least
+PROGRAMS_INTERPRETED = 2  # without a device: few, as each costs the interpreter 0.3 ms
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on"))
+
+
+@dataclass(frozen=True)
+class ProductsLaunch:
+    """A tile's rows, its groups of 32 weights, warps, and the groups of a row that a program takes in all."""
+
+    rows: int = 64
+    block_g: int = 4
+    num_warps: int = 8
+    part_g: int = 32
+
+    @classmethod
+    def of(cls, kind: str) -> ProductsLaunch:
+        """A group of weights a thread, two of float32: what fits 128 registers on every target."""
+        return cls(num_warps=4) if kind == "F32" else cls()
+
+    @classmethod
+    def variants(cls) -> Iterator[ProductsLaunch]:
+        """What `tuning` tries."""
+        for rows, num_warps, part_g in product((32, 64, 128), (4, 8), (16, 32, 64, 128)):
+            yield cls(rows=rows, num_warps=num_warps, part_g=part_g)
+
+
+@dataclass(frozen=True)
+class RowSumsLaunch:
+    """A tile's rows, its groups of 32 weights, warps, and the shares that a list is cut into."""
+
+    rows: int = 16
+    block_g: int = 16
+    num_warps: int = 8
+    splits: int = 16
+
+    @classmethod
+    def variants(cls) -> Iterator[RowSumsLaunch]:
+        """What `tuning` tries."""
+        for rows, block_g, splits in product((16, 32), (8, 16), (4, 8, 16, 32)):
+            yield cls(rows=rows, block_g=block_g, num_warps=block_g // 2, splits=splits)
+
+
+@triton.jit
+def _nearest(v):
+    """v rounded to bfloat16, as float32. A NaN may come out as a number."""
+    bits = v.to(tl.uint32, bitcast=True)
+    return ((bits + 0x8000) & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _stored(v):
+    """v, rounded before or soon to be, as tensor cores take it; as float32 in the interpreter, which knows no bfloat16."""
+    if INTERPRETED:
+        return tl.where(v == v, _nearest(v), v)
+    else:
+        return v.to(tl.bfloat16)
+
+
+@triton.jit
+def _halves(v, EXACT: tl.constexpr):
+    """Two tiles that add up to v, the second one unused where v holds bfloat16 numbers; a NaN is in the last one used."""
+    if EXACT:
+        high = _stored(v)
+        return high, high
+    else:
+        high = _nearest(v)
+        return _stored(high), _stored(v - high)
+
+
+@triton.jit
+def _dot(a, b, acc, A_EXACT: tl.constexpr, B_EXACT: tl.constexpr):
+    """acc + a · b for tiles of float32; EXACT says that one holds bfloat16 numbers only."""
+    a_high, a_low = _halves(a, A_EXACT)
+    b_high, b_low = _halves(b, B_EXACT)
+    if not A_EXACT:
+        acc = tl.dot(a_low, b_high, acc)
+    if not B_EXACT:
+        acc = tl.dot(a_high, b_low, acc)
+    return tl.dot(a_high, b_high, acc)
+
+
+@triton.jit
+def _products_kernel(
+    x_ptr, weight_ptr, second_ptr, row_stride, indices_ptr, count_ptr, out_ptr, tokens, rows, parts,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr, TYPE: tl.constexpr, LISTED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_G: tl.constexpr, PART_G: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(1) % parts
+    if tl.program_id(1) >= parts:
+        weight_ptr = second_ptr
+    t = (tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[None, :]
+    out_ptr += tl.program_id(1).to(tl.int64) * tokens * rows
+    count = rows
+    if LISTED:
+        count = tl.load(count_ptr)
+    for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
+        k = first + tl.arange(0, ROWS)
+        wanted = k < count
+        n = k.to(tl.int64)
+        if LISTED:
+            n = tl.load(indices_ptr + k, mask=wanted, other=0).to(tl.int64)
+        acc = tl.zeros([ROWS, TOKENS], tl.float32)
+        for c in range(0, PART_G, BLOCK_G):
+            g = part * PART_G + c + tl.arange(0, BLOCK_G)
+            raw = load_raw(weight_ptr + n * row_stride, wanted, g, GROUPS, TYPE)
+            for i in tl.static_range(8):
+                row = tl.reshape(scaled_plane(raw, i, TYPE), [ROWS, 4 * BLOCK_G])
+                column, inside = flat_columns_at(g, i, WIDTH, GROUPS, TYPE)
+                x = tl.load(x_ptr + t * WIDTH + column[:, None], mask=inside[:, None] & (t < tokens), other=0.0)
+                x = x.to(tl.float32) * tile_size(i, TYPE)  # [4 * BLOCK_G, TOKENS]
+                acc = _dot(row, x, acc, is_exact_in_bfloat16(TYPE), False)
+        tl.store(out_ptr + t * rows + k[:, None], acc, mask=wanted[:, None] & (t < tokens))
+
+
+@triton.jit
+def _row_sums_kernel(
+    h_ptr, weight_ptr, row_stride, indices_ptr, count_ptr, out_ptr, tokens, rows,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr, TYPE: tl.constexpr, LISTED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_G: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
+    split, splits = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    t = (tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
+    count = tl.zeros([], tl.int64) + rows
+    if LISTED:
+        count = tl.load(count_ptr).to(tl.int64)
+    sums = ()
+    for _ in tl.static_range(8):
+        sums = sums + (tl.zeros([TOKENS, 4 * BLOCK_G], tl.float32),)
+    last = (count * (split + 1) // splits).to(tl.int32)
+    for first in range((count * split // splits).to(tl.int32), last, ROWS):
+        k = first + tl.arange(0, ROWS)
+        h = tl.load(h_ptr + t * rows + k[None, :], mask=(t < tokens) & (k < last)[None, :], other=0.0)  # [TOKENS, ROWS]
+        wanted = tl.max(tl.where(h == 0.0, 0, 1), axis=0) != 0  # a row that no token uses is not read
+        n = k.to(tl.int64)
+        if LISTED:
+            n = tl.load(indices_ptr + k, mask=wanted, other=0).to(tl.int64)
+        raw = load_raw(weight_ptr + n * row_stride, wanted, g, GROUPS, TYPE)
+        added = ()
+        for i in tl.static_range(8):
+            row = tl.reshape(scaled_plane(raw, i, TYPE), [ROWS, 4 * BLOCK_G])
+            added = added + (_dot(h, row, sums[i], False, is_exact_in_bfloat16(TYPE)),)
+        sums = added
+    for i in tl.static_range(8):
+        column, inside = flat_columns_at(g, i, WIDTH, GROUPS, TYPE)
+        total = sums[i] * tile_size(i, TYPE)
+        tl.store(out_ptr + (split * tokens + t) * WIDTH + column[None, :], total, mask=inside[None, :] & (t < tokens))
+
+
+def products(x: torch.Tensor, weights: Sequence[QuantTensor], active: Active | None = None) -> torch.Tensor:
+    """x float [T, D] times the listed rows of one or two matrices [N, D] in planes, all rows without a list.
+
+    Returns float32 [matrices, parts, T, N]: the sum over parts is the product; columns beyond the
+    list's count are undefined.
+    """
+    first, second = weights[0], weights[-1]
+    if second.type != first.type:
+        return torch.cat([products(x, [weight], active) for weight in weights])
+    tokens, groups = x.shape[0], groups_of(first)
+    launch = launch_for(
+        "products", x.device, ProductsLaunch.of(first.type.name), candidates=ProductsLaunch.variants,
+        rows=first.rows, columns=first.columns, type=first.type.name, matrices=len(weights),
+        listed=active is not None, tiles=triton.cdiv(tokens, TOKENS),
+    )  # fmt: skip
+    parts = triton.cdiv(groups, launch.part_g)
+    out = torch.empty(len(weights), parts, tokens, first.rows, dtype=torch.float32, device=x.device)
+    tiles = triton.cdiv(first.rows, launch.rows) if x.is_cuda else PROGRAMS_INTERPRETED
+    _products_kernel[(tiles, len(weights) * parts, triton.cdiv(tokens, TOKENS))](
+        x.contiguous(), first.blocks, second.blocks, first.blocks.stride(0), *_list_or(active, first.blocks), out,
+        tokens, first.rows, parts,
+        WIDTH=first.columns, GROUPS=groups, TYPE=first.type.name, LISTED=active is not None,
+        ROWS=launch.rows, BLOCK_G=launch.block_g, PART_G=_part_g(launch, groups), TOKENS=TOKENS,
+        num_warps=warps_here(launch.num_warps), num_stages=1,
+    )  # fmt: skip
+    return out
+
+
+def row_sums(h: torch.Tensor, weight: QuantTensor, active: Active | None = None) -> torch.Tensor:
+    """Σ over k of h[:, k] times the k-th listed row of a matrix [N, D] in planes, or its k-th row without a list.
+
+    h is float32 [T, N], its columns beyond the list's count not read; rows whose h is 0 for all of 16
+    tokens are not read either. Returns float32 [splits, T, D], of which the sum is the result.
+    """
+    tokens, groups = h.shape[0], groups_of(weight)
+    launch = launch_for(
+        "row_sums", h.device, RowSumsLaunch(), candidates=RowSumsLaunch.variants,
+        rows=weight.rows, columns=weight.columns, type=weight.type.name,
+        listed=active is not None, tiles=triton.cdiv(tokens, TOKENS),
+    )  # fmt: skip
+    splits = launch.splits if h.is_cuda else PROGRAMS_INTERPRETED
+    out = torch.empty(splits, tokens, weight.columns, dtype=torch.float32, device=h.device)
+    _row_sums_kernel[(triton.cdiv(groups, launch.block_g), splits, triton.cdiv(tokens, TOKENS))](
+        h.contiguous(), weight.blocks, weight.blocks.stride(0), *_list_or(active, weight.blocks), out,
+        tokens, weight.rows,
+        WIDTH=weight.columns, GROUPS=groups, TYPE=weight.type.name, LISTED=active is not None,
+        ROWS=launch.rows, BLOCK_G=launch.block_g, TOKENS=TOKENS,
+        num_warps=warps_here(launch.num_warps), num_stages=1,
+    )  # fmt: skip
+    return out
+
+
+def _list_or(active: Active | None, stand_in: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The list's tensors; without a list, a pointer that no kernel follows."""
+    return (stand_in, stand_in) if active is None else (active.indices, active.count)
+
+
+def _part_g(launch: ProductsLaunch, groups: int) -> int:
+    """The groups a program takes: no more tiles than a short row has."""
+    return min(launch.part_g, triton.cdiv(groups, launch.block_g) * launch.block_g)
+
+
+def products_build(name: str, columns: int, *, listed: bool) -> Build:
+    """What `products` launches for rows of this type and length."""
+    arguments = {
+        **dict.fromkeys(("x_ptr", "out_ptr"), FLOATS), **dict.fromkeys(("weight_ptr", "second_ptr"), BYTES),
+        **dict.fromkeys(("indices_ptr", "count_ptr"), INTS if listed else BYTES), "row_stride": "i64",
+        **dict.fromkeys(("tokens", "rows", "parts"), "i32"),
+    }  # fmt: skip
+    launch = ProductsLaunch.of(name)
+    more = {"PART_G": _part_g(launch, -(-columns // 32))}
+    return _build("products", _products_kernel, name, columns, listed, launch, arguments, more, 0.45)
+
+
+def row_sums_build(name: str, columns: int, *, listed: bool) -> Build:
+    """What `row_sums` launches for rows of this type and length."""
+    arguments = {
+        **dict.fromkeys(("h_ptr", "out_ptr"), FLOATS), "weight_ptr": BYTES,
+        **dict.fromkeys(("indices_ptr", "count_ptr"), INTS if listed else BYTES), "row_stride": "i64",
+        **dict.fromkeys(("tokens", "rows"), "i32"),
+    }  # fmt: skip
+    return _build("row_sums", _row_sums_kernel, name, columns, listed, RowSumsLaunch(), arguments, {}, 0.8)
+
+
+def _build(
+    kernel_name: str,
+    kernel: Any,
+    name: str,
+    columns: int,
+    listed: bool,
+    launch: ProductsLaunch | RowSumsLaunch,
+    arguments: dict[str, str],
+    more: dict[str, int],
+    rows_share: float,
+) -> Build:
+    constants = {
+        "WIDTH": columns, "GROUPS": -(-columns // 32), "TYPE": name, "LISTED": listed,
+        "ROWS": launch.rows, "BLOCK_G": launch.block_g, "TOKENS": TOKENS, **more,
+    }  # fmt: skip
+    label = f"{kernel_name} {name} columns={columns} {'listed' if listed else 'all'}"
+    strides = ("row_stride", "rows")
+    return build_over_rows(
+        label, kernel, arguments, constants, launch.num_warps, name, strides=strides, rows_share=rows_share
+    )
