@@ -1,8 +1,8 @@
 """The FFN blocks of a model, interchangeable: `ffn(x, residual) -> y`.
 
-y = Σ_i act(g_i · x)(u_i · x) d_i over the neurons i, u_i · x clamped at 0 under dReLU. DenseFFN computes all of them, SparseFFN the
-ones its predictor names, HybridFFN adds a hot and a cold shard: any split of the neurons, over
-skips or over devices, is exact for the neurons it keeps.
+y = Σ_i act(g_i · x)(u_i · x) d_i over the neurons i, u_i · x clamped at 0 under dReLU. DenseFFN
+computes all of them, SparseFFN the ones its predictor names, HybridFFN adds a hot and a cold shard:
+any split of the neurons, over skips or over devices, is exact for the neurons it keeps.
 """
 
 from __future__ import annotations

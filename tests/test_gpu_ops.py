@@ -230,3 +230,40 @@ def test_attention_wants_a_cache_that_it_can_write_to(generator: torch.Generator
     for wrong in (strided, inputs["keys"].half()):
         with pytest.raises(ValueError, match="contiguous float32"):
             ops.attention.implementation("triton")(**{**inputs, "keys": wrong})
+
+
+@pytest.mark.parametrize("parts", [1, 16, 37])
+def test_combine_adds_partials_residual_and_external(generator: torch.Generator, parts: int) -> None:
+    from pinfer.kernels.combine import combine
+
+    partial = cases.random_floats(generator, parts, 3, 50)
+    residual, external = cases.random_floats(generator, 3, 50), cases.random_floats(generator, 3, 50)
+    total = partial.double().sum(0)
+    assert torch.allclose(combine(partial).double(), total, atol=1e-5)
+    with_both = combine(partial, residual, external).double()
+    assert torch.allclose(with_both, total + residual.double() + external.double(), atol=1e-5)
+    with pytest.raises(ValueError, match="external is"):
+        combine(partial, external=external[:2])
+
+
+def test_replacing_weights_never_holds_two_models() -> None:
+    import gc
+    import weakref
+
+    from pinfer.models import replace_weights
+
+    holder = torch.nn.Module()
+    for at in range(4):
+        setattr(holder, f"w{at}", QuantTensor.from_dense(torch.zeros(2, 32)))
+    holder.tied = holder.w0
+    alive: list[int] = []
+    seen = [weakref.ref(getattr(holder, f"w{at}").blocks) for at in range(4)]
+
+    def change(weight: QuantTensor) -> QuantTensor:
+        gc.collect()
+        alive.append(sum(one() is not None for one in seen))
+        return QuantTensor.from_dense(torch.ones(2, 32))
+
+    replace_weights(holder, change)
+    assert alive == [4, 3, 2, 1]
+    assert holder.tied is holder.w0

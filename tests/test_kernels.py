@@ -14,11 +14,12 @@ import torch
 
 import pinfer.kernels
 from pinfer.config import Activation
-from pinfer.kernels import ops
+from pinfer.kernels import cases, ops
 from pinfer.kernels.activation import ACTIVATIONS, CLAMPS_UP, ZERO_BELOW_ZERO
 from pinfer.kernels.cpp import core_problem
 from pinfer.kernels.cpp.binding import ACTIVATION_CODES
 from pinfer.kernels.dequantize.reference import dequantize
+from pinfer.kernels.planes import repack
 from pinfer.kernels.registry import BackendUnavailable, Op, use_backend
 from pinfer.kernels.select_active import Active
 from pinfer.quant import BY_NAME, QUANT_TYPES, QuantTensor
@@ -293,6 +294,25 @@ def test_strided_rows_are_read_in_place(generator: torch.Generator) -> None:
         if backend == "cpu" and core_problem():
             continue
         assert agrees(ops.quant_matmul, backend, {**inputs, "weight": every_other})
+
+
+@pytest.mark.parametrize("name", ["F16", "Q8_0"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_matrices_of_an_ffn_may_be_strided_each_in_its_own_way(
+    generator: torch.Generator, name: str, tokens: int
+) -> None:
+    case = {"type": name, "tokens": tokens, "neurons": 24, "width": 64, "density": 0.5}
+    inputs = ops.sparse_ffn.make_inputs(generator, **case)
+    gates = repack(cases.random_blocks(generator, BY_NAME[name], 48, 64))
+    spread = {**inputs, "gate": gates[::2], "up": repack(inputs["up"]), "down": repack(inputs["down"])}
+    assert spread["gate"].blocks.stride(0) == 2 * spread["up"].blocks.stride(0)
+    assert agrees(ops.sparse_ffn, "triton", spread)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_no_rows_in_planes_are_no_rows(name: str, generator: torch.Generator) -> None:
+    weight = repack(cases.random_blocks(generator, BY_NAME[name], 4, 256))
+    assert dequantize(weight[:0]).shape == (0, 256)
 
 
 def test_forced_backend_is_used_and_restored(generator: torch.Generator) -> None:

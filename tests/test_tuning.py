@@ -210,9 +210,9 @@ def test_results_are_kept_by_density_and_the_nearest_is_taken(file: Path) -> Non
     for density, launch in expected.items():
         with expect_density(density):
             assert asked() == launch, density
-    assert asked() is DEFAULT  # says nothing of its density, so nothing is known
-    with expect_density(0.1), expect_density(None):
-        assert asked() is DEFAULT
+    assert asked() == BETTER  # who states none is taken to be sparse
+    with expect_density(0.5), expect_density(None):
+        assert asked() == BETTER
 
 
 def test_what_is_tuned_without_a_density_holds_for_all(file: Path) -> None:

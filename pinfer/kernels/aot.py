@@ -6,11 +6,17 @@ for spills and for the width of its loads is what runs.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 BYTES, FLOATS, INTS, LONGS = "*u8", "*fp32", "*i32", "*i64"
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets in this process: then nothing can be compiled."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
 @dataclass(frozen=True)
@@ -23,8 +29,9 @@ class Build:
     num_warps:       warps of a CTA, and num_stages of its software pipeline, as the launcher passes them.
     multiples_of_16: integer arguments that are multiples of 16 at run time, as the JIT would find.
     wide_share:      the least share of the bytes named by global load instructions that 16-byte loads
-                     must carry, on every target, in the loop that loads most or in the whole kernel; None where nothing is promised. Read from the machine code, each
-                     instruction once: a load of 16 bytes weighs four of 4.
+                     must carry, on every target, in the loop that loads most or in the whole kernel;
+                     None where nothing is promised. Read from the machine code, each instruction
+                     once: a load of 16 bytes weighs four of 4.
     warps_of_64:     num_warps where a warp has 64 lanes (AMD); num_warps there too unless given.
     atomics:         whether it may use atomic instructions.
     """

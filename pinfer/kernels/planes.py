@@ -78,7 +78,7 @@ def planes_to_float(weight: QuantTensor) -> Tensor:
         raw = weight.blocks[:, : weight.type.row_bytes(columns)].reshape(-1, weight.type.block_bytes)
         return ggml.blocks_to_float(raw, weight.type).reshape(rows, columns)
     planes, form = _Planes.of(weight), _FORMS[weight.type]
-    quants = planes.join_quants().float().reshape(rows, -1, 2, GROUP // 2)  # [rows, groups, halves, 16]
+    quants = planes.join_quants().float().reshape(rows, columns // GROUP, 2, GROUP // 2)  # [rows, groups, halves, 16]
     scale, minimum = planes.scales_and_minima()  # [rows, groups, 1 or 2, 1]
     value = scale * (quants - form.offset)
     return (value if minimum is None else value - minimum).reshape(rows, columns)

@@ -1,15 +1,14 @@
 """The op registry: every kernel operation with its reference, its fast implementations and its contract.
 
 Dispatch, the tests, the benchmarks and the ahead-of-time check (which asks the row's Triton module
-for its `builds()`) iterate over these rows, so a new row brings its own test. A row that lacks a reference, an implementation, test cases or a
-tolerance cannot be made.
+for its `builds()`) iterate over these rows, so a new row brings its own test. A row that lacks a
+reference, an implementation, test cases or a tolerance cannot be made.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from pinfer.kernels.aot import interpreting
 from pinfer.quant import QuantTensor
 
 BACKENDS = ("reference", "cpu", "triton")
@@ -79,8 +79,7 @@ def observe_ops(observer: Observer) -> Iterator[None]:
 
 def check_backend(name: str, device: torch.device) -> None:
     """BackendUnavailable if ops on this device cannot run on that backend; `auto` always can."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if name == "triton" and device.type == "cpu" and not interpreted:
+    if name == "triton" and device.type == "cpu" and not interpreting():
         raise BackendUnavailable("backend triton needs a GPU, or TRITON_INTERPRET=1 to emulate one slowly on the CPU")
     if name == "cpu":
         from pinfer.kernels.cpp import load_core

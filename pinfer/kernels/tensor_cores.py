@@ -5,15 +5,16 @@
 
 Tensor cores multiply bfloat16, so a float32 number goes in as two: the nearest bfloat16 and what is
 left, rounded as well, some 17 bits together (Henry, Tang and Heinecke 2019). Three of the four
-products are added up; low · low is below the rounding. The error is some 3e-6, where one conversion
-to half precision leaves 3e-4, and bfloat16 has float32's range, so outliers in x need no care.
+products are added up; low · low is below the rounding. The error is some 4e-6 of the factors' norms,
+where one conversion to half precision leaves 3e-4, and bfloat16 has float32's range, so outliers in
+x need no care. An infinite factor gives NaN. Every tile is summed from zero and then added in
+float32: tensor cores cut sums off instead of rounding them, which adds up over a long chain.
 
 Columns of results go by place in the list, not by neuron: column k belongs to the k-th listed row.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -23,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pinfer.kernels.aot import BYTES, FLOATS, INTS, Build
+from pinfer.kernels.aot import BYTES, FLOATS, INTS, Build, interpreting
 from pinfer.kernels.select_active.reference import Active
 from pinfer.kernels.tiles import (
     build_over_rows,
@@ -39,8 +40,9 @@ from pinfer.kernels.tuning import launch_for
 from pinfer.quant import QuantTensor
 
 TOKENS = 16  # of a tile: what tensor cores take at least
+FILLING = 512  # programs: what is beyond them, written in parts and read again, costs more than idle processors
 PROGRAMS_INTERPRETED = 2  # without a device: few, as each costs the interpreter 0.3 ms
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on"))
+INTERPRETED = tl.constexpr(interpreting())
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,18 @@ class ProductsLaunch:
     part_g: int = 32
 
     @classmethod
-    def of(cls, kind: str) -> ProductsLaunch:
-        """A group of weights a thread, two of float32: what fits 128 registers on every target."""
-        return cls(num_warps=4) if kind == "F32" else cls()
+    def of(cls, types: Sequence[str], groups: int, row_tokens: int) -> ProductsLaunch:
+        """Whole rows where rows times tiles of tokens fill a GPU, parts of them where they do not.
+
+        A thread takes a group of weights, half a group of float32: what fits 128 registers everywhere.
+        """
+        part_g = max(32, triton.next_power_of_2(groups)) if row_tokens >= FILLING * 64 else 32
+        return cls(num_warps=16 if "F32" in types else 8, part_g=part_g)
 
     @classmethod
     def variants(cls) -> Iterator[ProductsLaunch]:
         """What `tuning` tries."""
-        for rows, num_warps, part_g in product((32, 64, 128), (4, 8), (16, 32, 64, 128)):
+        for rows, num_warps, part_g in product((32, 64, 128), (4, 8, 16), (16, 32, 64, 128)):
             yield cls(rows=rows, num_warps=num_warps, part_g=part_g)
 
 
@@ -72,6 +78,11 @@ class RowSumsLaunch:
     block_g: int = 16
     num_warps: int = 8
     splits: int = 16
+
+    @classmethod
+    def of(cls, group_tokens: int) -> RowSumsLaunch:
+        """Fewer shares of the list where groups times tiles of tokens fill a GPU."""
+        return cls(splits=max(1, min(16, FILLING * 16 // group_tokens)))
 
     @classmethod
     def variants(cls) -> Iterator[RowSumsLaunch]:
@@ -121,13 +132,14 @@ def _dot(a, b, acc, A_EXACT: tl.constexpr, B_EXACT: tl.constexpr):
 
 @triton.jit
 def _products_kernel(
-    x_ptr, weight_ptr, second_ptr, row_stride, indices_ptr, count_ptr, out_ptr, tokens, rows, parts,
+    x_ptr, weight_ptr, row_stride, second_ptr, second_stride, indices_ptr, count_ptr, out_ptr, tokens, rows, parts,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, TYPE: tl.constexpr, LISTED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_G: tl.constexpr, PART_G: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1) % parts
     if tl.program_id(1) >= parts:
         weight_ptr = second_ptr
+        row_stride = second_stride
     t = (tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[None, :]
     out_ptr += tl.program_id(1).to(tl.int64) * tokens * rows
     count = rows
@@ -143,12 +155,14 @@ def _products_kernel(
         for c in range(0, PART_G, BLOCK_G):
             g = part * PART_G + c + tl.arange(0, BLOCK_G)
             raw = load_raw(weight_ptr + n * row_stride, wanted, g, GROUPS, TYPE)
+            tile = tl.zeros([ROWS, TOKENS], tl.float32)
             for i in tl.static_range(8):
                 row = tl.reshape(scaled_plane(raw, i, TYPE), [ROWS, 4 * BLOCK_G])
                 column, inside = flat_columns_at(g, i, WIDTH, GROUPS, TYPE)
                 x = tl.load(x_ptr + t * WIDTH + column[:, None], mask=inside[:, None] & (t < tokens), other=0.0)
                 x = x.to(tl.float32) * tile_size(i, TYPE)  # [4 * BLOCK_G, TOKENS]
-                acc = _dot(row, x, acc, is_exact_in_bfloat16(TYPE), False)
+                tile = _dot(row, x, tile, is_exact_in_bfloat16(TYPE), False)
+            acc += tile
         tl.store(out_ptr + t * rows + k[:, None], acc, mask=wanted[:, None] & (t < tokens))
 
 
@@ -179,7 +193,8 @@ def _row_sums_kernel(
         added = ()
         for i in tl.static_range(8):
             row = tl.reshape(scaled_plane(raw, i, TYPE), [ROWS, 4 * BLOCK_G])
-            added = added + (_dot(h, row, sums[i], False, is_exact_in_bfloat16(TYPE)),)
+            tile = _dot(h, row, tl.zeros([TOKENS, 4 * BLOCK_G], tl.float32), False, is_exact_in_bfloat16(TYPE))
+            added = added + (sums[i] + tile,)
         sums = added
     for i in tl.static_range(8):
         column, inside = flat_columns_at(g, i, WIDTH, GROUPS, TYPE)
@@ -193,25 +208,27 @@ def products(x: torch.Tensor, weights: Sequence[QuantTensor], active: Active | N
     Returns float32 [matrices, parts, T, N]: the sum over parts is the product; columns beyond the
     list's count are undefined.
     """
-    first, second = weights[0], weights[-1]
-    if second.type != first.type:
-        return torch.cat([products(x, [weight], active) for weight in weights])
-    tokens, groups = x.shape[0], groups_of(first)
+    first, (tokens, groups, token_tiles) = weights[0], _sizes(x, weights[0])
+    types = tuple(dict.fromkeys(weight.type.name for weight in weights))
     launch = launch_for(
-        "products", x.device, ProductsLaunch.of(first.type.name), candidates=ProductsLaunch.variants,
-        rows=first.rows, columns=first.columns, type=first.type.name, matrices=len(weights),
-        listed=active is not None, tiles=triton.cdiv(tokens, TOKENS),
+        "products", x.device, ProductsLaunch.of(types, groups, token_tiles * first.rows * len(weights)),
+        candidates=ProductsLaunch.variants,
+        rows=first.rows, columns=first.columns, types=" ".join(types), matrices=len(weights),
+        listed=active is not None, token_tiles=token_tiles,
     )  # fmt: skip
     parts = triton.cdiv(groups, launch.part_g)
     out = torch.empty(len(weights), parts, tokens, first.rows, dtype=torch.float32, device=x.device)
-    tiles = triton.cdiv(first.rows, launch.rows) if x.is_cuda else PROGRAMS_INTERPRETED
-    _products_kernel[(tiles, len(weights) * parts, triton.cdiv(tokens, TOKENS))](
-        x.contiguous(), first.blocks, second.blocks, first.blocks.stride(0), *_list_or(active, first.blocks), out,
-        tokens, first.rows, parts,
-        WIDTH=first.columns, GROUPS=groups, TYPE=first.type.name, LISTED=active is not None,
-        ROWS=launch.rows, BLOCK_G=launch.block_g, PART_G=_part_g(launch, groups), TOKENS=TOKENS,
-        num_warps=warps_here(launch.num_warps), num_stages=1,
-    )  # fmt: skip
+    row_tiles = triton.cdiv(first.rows, launch.rows) if x.is_cuda else PROGRAMS_INTERPRETED
+    # Matrices of one type in one launch, of two in two.
+    shares = [(weights, out)] if len(types) == 1 else [([weight], out[at:]) for at, weight in enumerate(weights)]
+    for share, into in shares:
+        _products_kernel[(row_tiles, len(share) * parts, token_tiles)](
+            x.contiguous(), share[0].blocks, share[0].blocks.stride(0), share[-1].blocks, share[-1].blocks.stride(0),
+            *_list_or(active, first.blocks), into, tokens, first.rows, parts,
+            WIDTH=first.columns, GROUPS=groups, TYPE=share[0].type.name, LISTED=active is not None,
+            ROWS=launch.rows, BLOCK_G=launch.block_g, PART_G=_part_g(launch, groups), TOKENS=TOKENS,
+            num_warps=warps_here(launch.num_warps), num_stages=1,
+        )  # fmt: skip
     return out
 
 
@@ -221,15 +238,15 @@ def row_sums(h: torch.Tensor, weight: QuantTensor, active: Active | None = None)
     h is float32 [T, N], its columns beyond the list's count not read; rows whose h is 0 for all of 16
     tokens are not read either. Returns float32 [splits, T, D], of which the sum is the result.
     """
-    tokens, groups = h.shape[0], groups_of(weight)
+    tokens, groups, token_tiles = _sizes(h, weight)
     launch = launch_for(
-        "row_sums", h.device, RowSumsLaunch(), candidates=RowSumsLaunch.variants,
+        "row_sums", h.device, RowSumsLaunch.of(token_tiles * groups), candidates=RowSumsLaunch.variants,
         rows=weight.rows, columns=weight.columns, type=weight.type.name,
-        listed=active is not None, tiles=triton.cdiv(tokens, TOKENS),
+        listed=active is not None, token_tiles=token_tiles,
     )  # fmt: skip
     splits = launch.splits if h.is_cuda else PROGRAMS_INTERPRETED
     out = torch.empty(splits, tokens, weight.columns, dtype=torch.float32, device=h.device)
-    _row_sums_kernel[(triton.cdiv(groups, launch.block_g), splits, triton.cdiv(tokens, TOKENS))](
+    _row_sums_kernel[(triton.cdiv(groups, launch.block_g), splits, token_tiles)](
         h.contiguous(), weight.blocks, weight.blocks.stride(0), *_list_or(active, weight.blocks), out,
         tokens, weight.rows,
         WIDTH=weight.columns, GROUPS=groups, TYPE=weight.type.name, LISTED=active is not None,
@@ -237,6 +254,11 @@ def row_sums(h: torch.Tensor, weight: QuantTensor, active: Active | None = None)
         num_warps=warps_here(launch.num_warps), num_stages=1,
     )  # fmt: skip
     return out
+
+
+def _sizes(x: torch.Tensor, weight: QuantTensor) -> tuple[int, int, int]:
+    """Tokens, groups of 32 weights in a row, tiles of tokens."""
+    return x.shape[0], groups_of(weight), triton.cdiv(x.shape[0], TOKENS)
 
 
 def _list_or(active: Active | None, stand_in: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -253,12 +275,14 @@ def products_build(name: str, columns: int, *, listed: bool) -> Build:
     """What `products` launches for rows of this type and length."""
     arguments = {
         **dict.fromkeys(("x_ptr", "out_ptr"), FLOATS), **dict.fromkeys(("weight_ptr", "second_ptr"), BYTES),
-        **dict.fromkeys(("indices_ptr", "count_ptr"), INTS if listed else BYTES), "row_stride": "i64",
+        **dict.fromkeys(("indices_ptr", "count_ptr"), INTS if listed else BYTES),
+        **dict.fromkeys(("row_stride", "second_stride"), "i64"),
         **dict.fromkeys(("tokens", "rows", "parts"), "i32"),
     }  # fmt: skip
-    launch = ProductsLaunch.of(name)
-    more = {"PART_G": _part_g(launch, -(-columns // 32))}
-    return _build("products", _products_kernel, name, columns, listed, launch, arguments, more, 0.45)
+    groups = -(-columns // 32)
+    launch = ProductsLaunch.of([name], groups, 1)
+    more, strides = {"PART_G": _part_g(launch, groups)}, ("row_stride", "second_stride", "rows")
+    return _build("products", _products_kernel, name, columns, listed, launch, arguments, more, strides, 0.45)
 
 
 def row_sums_build(name: str, columns: int, *, listed: bool) -> Build:
@@ -268,7 +292,8 @@ def row_sums_build(name: str, columns: int, *, listed: bool) -> Build:
         **dict.fromkeys(("indices_ptr", "count_ptr"), INTS if listed else BYTES), "row_stride": "i64",
         **dict.fromkeys(("tokens", "rows"), "i32"),
     }  # fmt: skip
-    return _build("row_sums", _row_sums_kernel, name, columns, listed, RowSumsLaunch(), arguments, {}, 0.8)
+    strides = ("row_stride", "rows")
+    return _build("row_sums", _row_sums_kernel, name, columns, listed, RowSumsLaunch(), arguments, {}, strides, 0.8)
 
 
 def _build(
@@ -280,6 +305,7 @@ def _build(
     launch: ProductsLaunch | RowSumsLaunch,
     arguments: dict[str, str],
     more: dict[str, int],
+    strides: tuple[str, ...],
     rows_share: float,
 ) -> Build:
     constants = {
@@ -287,7 +313,6 @@ def _build(
         "ROWS": launch.rows, "BLOCK_G": launch.block_g, "TOKENS": TOKENS, **more,
     }  # fmt: skip
     label = f"{kernel_name} {name} columns={columns} {'listed' if listed else 'all'}"
-    strides = ("row_stride", "rows")
     return build_over_rows(
         label, kernel, arguments, constants, launch.num_warps, name, strides=strides, rows_share=rows_share
     )

@@ -41,6 +41,7 @@ from pinfer.kernels.cpp.build import cache_folder
 FORMAT = 1
 DENSITIES = (0.03, 0.1, 0.2, 0.3, 0.5, 1.0)
 ANY = "any"  # what is tuned without a stated density
+UNSTATED = 0.1  # the density whose result is taken where none is stated and none was tuned without one
 LEAST_GAIN = 0.02  # a default is known to work elsewhere too: noise must not replace it
 
 Launch = TypeVar("Launch")
@@ -129,7 +130,8 @@ def launch_for(
     candidates: makes what `tune` is to choose from, of the default's class; None is never tuned.
     shape:      all that tells one specialisation or size from another, as ints and strings.
 
-    A density without a result takes that of the nearest density, then that without one. Off a GPU
+    A density without a result takes that of the nearest density, then that without one; no stated
+    density takes that without one, then that of the density nearest UNSTATED. Off a GPU
     the default is returned unless `use_cache` names a device.
     """
     place, density, trial = _place.get() or _default_place(), _density.get(), _trial.get()
@@ -191,7 +193,8 @@ def forget() -> None:
 
 def _look_up(path: Path, gpu: str, key: str, density: str, default: Any) -> Any:
     entries = _load(path).get(gpu, {}).get(key, {})
-    for name in (*(() if density == ANY else _by_nearness(float(density))), ANY):
+    sparse = UNSTATED if density == ANY else float(density)
+    for name in (*((ANY,) if density == ANY else ()), *_by_nearness(sparse), ANY):
         if name in entries:
             launch = _launch_of(entries[name], default)
             if launch is not None:

@@ -11,6 +11,8 @@ from torch import nn
 
 from pinfer.quant import QuantTensor
 
+Holder = tuple[nn.Module, str, str | None]  # module, attribute, field of the dataclass there
+
 
 class WeightSource(Protocol):
     """Weights under GGUF's tensor names: a GGUFFile, or anything that answers like one."""
@@ -26,20 +28,28 @@ def replace_weights(model: nn.Module, change: Callable[[QuantTensor], QuantTenso
     They are found among a module's attributes and in the fields of dataclasses there. A matrix that
     is held twice (a tied head, a gate that the predictor reads too) is changed once and stays one.
     """
-    changed: dict[int, tuple[QuantTensor, QuantTensor]] = {}  # the old one is kept, or its id might be another's
+    for holders in _holders(model):  # one weight after the other, so that no second model is ever in memory
+        _replace_one(holders, change)
 
-    def replacement(weight: QuantTensor) -> QuantTensor:
-        if id(weight) not in changed:
-            changed[id(weight)] = weight, change(weight)
-        return changed[id(weight)][1]
 
+def _holders(model: nn.Module) -> list[list[Holder]]:
+    """Per weight, the places that hold it."""
+    places: dict[int, list[Holder]] = {}
     for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, QuantTensor):
-                setattr(module, name, replacement(value))
-            elif weights := _weights_in(value):
-                new = {field: replacement(weight) for field, weight in weights.items()}
-                setattr(module, name, dataclasses.replace(value, **new))
+        for name, value in vars(module).items():
+            held = {None: value} if isinstance(value, QuantTensor) else _weights_in(value)
+            for field, weight in held.items():
+                places.setdefault(id(weight), []).append((module, name, field))
+    return list(places.values())
+
+
+def _replace_one(holders: list[Holder], change: Callable[[QuantTensor], QuantTensor]) -> None:
+    """Change the one weight that modules hold under a name, or in a field of the dataclass under it."""
+    module, name, field = holders[0]
+    changed = change(getattr(module, name) if field is None else getattr(getattr(module, name), field))
+    for module, name, field in holders:
+        value = getattr(module, name)
+        setattr(module, name, changed if field is None else dataclasses.replace(value, **{field: changed}))
 
 
 def _weights_in(value: Any) -> dict[str, QuantTensor]:

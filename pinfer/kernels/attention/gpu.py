@@ -189,12 +189,12 @@ def attention(
     total = torch.empty_like(peak)
     _attention_kernel[(tiles, kv_heads, splits)](
         query, key, value, keys, values, start, mixed, peak, total, *limits, scale * LOG2_E,
-        GROUP=group, HEAD_DIM=head_dim, **blocks, num_warps=NUM_WARPS,
+        GROUP=group, HEAD_DIM=head_dim, **blocks, num_warps=NUM_WARPS, num_stages=1,
     )  # fmt: skip
     out = torch.empty(tokens, heads, head_dim, dtype=torch.float32, device=query.device)
     _combine_kernel[(tokens * heads,)](
         mixed, peak, total, start, out, *limits, HEAD_DIM=head_dim, SPLITS=splits,
-        BLOCK_P=blocks["BLOCK_P"], BLOCK_D=blocks["BLOCK_D"], num_warps=NUM_WARPS,
+        BLOCK_P=blocks["BLOCK_P"], BLOCK_D=blocks["BLOCK_D"], num_warps=NUM_WARPS, num_stages=1,
     )  # fmt: skip
     return out
 

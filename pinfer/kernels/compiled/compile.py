@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
 import re
 import struct
 import subprocess
@@ -25,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from pinfer.kernels.aot import Build
+from pinfer.kernels.aot import Build, interpreting
 from pinfer.kernels.compiled.instructions import Instruction, parse_sass
 from pinfer.kernels.registry import Op
 
@@ -55,11 +54,6 @@ class Artifact:
     shared_bytes: int
     cubin: bytes = b""
     assembly: str = ""
-
-
-def interpreting() -> bool:
-    """Whether Triton interprets in this process: then nothing can be compiled."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
 def builds_of(op: Op) -> list[Build]:

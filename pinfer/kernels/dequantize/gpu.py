@@ -33,7 +33,7 @@ def dequantize(weight: QuantTensor) -> torch.Tensor:
     groups = groups_of(weight)
     _dequantize_kernel[(weight.rows, triton.cdiv(groups, BLOCK_G))](
         weight.blocks, weight.blocks.stride(0), out,
-        WIDTH=weight.columns, GROUPS=groups, TYPE=weight.type.name, BLOCK_G=BLOCK_G, num_warps=NUM_WARPS,
+        WIDTH=weight.columns, GROUPS=groups, TYPE=weight.type.name, BLOCK_G=BLOCK_G, num_warps=NUM_WARPS, num_stages=1,
     )  # fmt: skip
     return out
 

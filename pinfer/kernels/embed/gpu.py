@@ -42,7 +42,7 @@ def embed(ids: torch.Tensor, table: QuantTensor, *, scale: float = 1.0) -> torch
     _embed_kernel[(len(ids), triton.cdiv(groups_of(table), BLOCK_G))](
         ids, table.blocks, table.blocks.stride(0), out, n_rows, scale,
         WIDTH=table.columns, GROUPS=groups_of(table), TYPE=table.type.name, GATHERED=gathered, BLOCK_G=BLOCK_G,
-        num_warps=NUM_WARPS,
+        num_warps=NUM_WARPS, num_stages=1,
     )  # fmt: skip
     return out
 

@@ -65,7 +65,7 @@ def glu(
     out = torch.empty(gate.shape, dtype=torch.float32, device=gate.device)
     _glu_kernel[(triton.cdiv(gate.numel(), BLOCK),)](
         gate, gate if up is None else up.contiguous(), out, gate.numel(),
-        ACTIVATION=activation, HAS_UP=up is not None, MAGNITUDE=magnitude, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        ACTIVATION=activation, HAS_UP=up is not None, MAGNITUDE=magnitude, BLOCK=BLOCK, num_warps=NUM_WARPS, num_stages=1,
     )  # fmt: skip
     return out
 

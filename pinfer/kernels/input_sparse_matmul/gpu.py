@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from pinfer.kernels.aot import BYTES, FLOATS, Build
-from pinfer.kernels.combine import combine
+from pinfer.kernels.combine import summed
 from pinfer.kernels.input_sparse_matmul.reference import check_inputs
 from pinfer.kernels.planes import repack
 from pinfer.kernels.tensor_cores import row_sums, row_sums_build
@@ -50,7 +50,7 @@ def input_sparse_matmul(x: torch.Tensor, weight: QuantTensor, threshold: torch.T
     check_inputs(x, weight, threshold)
     x, weight = x.contiguous(), repack(weight)
     if x.shape[0] != 1:
-        return combine(row_sums(torch.where(x.abs() <= threshold, 0.0, x.float()), weight))
+        return summed(row_sums(torch.where(x.abs() <= threshold, 0.0, x.float()), weight))
     inputs = x.shape[1]
     some = INPUTS_A_PROGRAM if x.is_cuda else INPUTS_INTERPRETED
     parts, groups = triton.cdiv(inputs, some), groups_of(weight)
@@ -60,7 +60,7 @@ def input_sparse_matmul(x: torch.Tensor, weight: QuantTensor, threshold: torch.T
         WIDTH=weight.columns, GROUPS=groups, TYPE=weight.type.name, ROWS=ROWS, BLOCK_G=BLOCK_G,
         num_warps=warps_here(NUM_WARPS), num_stages=1,
     )  # fmt: skip
-    return combine(partial)
+    return summed(partial)
 
 
 def builds() -> list[Build]:
@@ -69,7 +69,7 @@ def builds() -> list[Build]:
         *(_build(name, 4096) for name in BY_NAME),
         *(_build("Q4_K", outputs) for outputs in (5120, 11264, 28672)),
         _build("F16", 11008),
-        *(row_sums_build(name, 4096, listed=False) for name in ("F16", "Q4_K")),
+        row_sums_build("Q4_K", 4096, listed=False),
     ]
 
 

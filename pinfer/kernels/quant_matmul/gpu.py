@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from pinfer.kernels.aot import BYTES, FLOATS, Build
-from pinfer.kernels.combine import combine
+from pinfer.kernels.combine import summed
 from pinfer.kernels.planes import repack
 from pinfer.kernels.quant_matmul.reference import check_inputs
 from pinfer.kernels.rounding import rounded_for
@@ -86,7 +86,7 @@ def quant_matmul(x: torch.Tensor, weight: QuantTensor, *, int8: bool = False) ->
     x = (rounded_for(x.float(), weight) if int8 else x).contiguous()
     weight = repack(weight)
     if x.shape[0] != 1:
-        return combine(products(x, [weight])[0])
+        return summed(products(x, [weight])[0])
     launch = launch_for(
         "quant_matmul", x.device, Launch.of(weight.columns), candidates=lambda: Launch.variants(weight.columns),
         rows=weight.rows, columns=weight.columns, type=weight.type.name,
@@ -98,7 +98,7 @@ def quant_matmul(x: torch.Tensor, weight: QuantTensor, *, int8: bool = False) ->
         WIDTH=weight.columns, GROUPS=groups_of(weight), TYPE=weight.type.name,
         ROWS=launch.rows, BLOCK_G=launch.block_g, num_warps=warps_here(launch.num_warps), num_stages=1,
     )  # fmt: skip
-    return out[0] if launch.parts == 1 else combine(out)
+    return summed(out)
 
 
 def builds() -> list[Build]:
@@ -108,7 +108,6 @@ def builds() -> list[Build]:
         *(_build("Q4_K", columns) for columns in (640, 5120, 8192, 11008, 13824, 14336, 28672)),
         *(_build("Q8_0", columns) for columns in (128, 1024, 8192)),
         *(_build(name, 8192) for name in ("F16", "BF16", "Q6_K")),
-        *(products_build(name, 4096, listed=False) for name in ("F16", "Q8_0", "Q4_K")),
         products_build("Q4_K", 28672, listed=False),
     ]
 

@@ -61,7 +61,7 @@ def rms_norm(
     blocks, warps = _blocks(width)
     _rms_norm_kernel[(x.numel() // max(1, width),)](
         x, weight, x if residual is None else residual.contiguous(), out, width, eps,
-        HAS_RESIDUAL=residual is not None, **blocks, num_warps=warps,
+        HAS_RESIDUAL=residual is not None, **blocks, num_warps=warps, num_stages=1,
     )  # fmt: skip
     return out
 

@@ -57,7 +57,7 @@ def rope(
     blocks = _blocks(head_dim)
     _rope_kernel[(tokens, triton.cdiv(heads, blocks["BLOCK_H"]))](
         x, cos, sin, start, out, heads, cos.shape[0],
-        HEAD_DIM=head_dim, DIM=2 * cos.shape[1], INTERLEAVED=interleaved, **blocks, num_warps=NUM_WARPS,
+        HEAD_DIM=head_dim, DIM=2 * cos.shape[1], INTERLEAVED=interleaved, **blocks, num_warps=NUM_WARPS, num_stages=1,
     )  # fmt: skip
     return out
 

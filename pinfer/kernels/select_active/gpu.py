@@ -109,7 +109,7 @@ def compact(flags: torch.Tensor, tile_counts: torch.Tensor, tile: int) -> Active
     )
     constants = _compact_constants(tile, tile_counts.numel())
     _compact_kernel[(triton.cdiv(neurons, constants["BLOCK_N"]),)](
-        flags, tile_counts, active.indices, active.count, neurons, **constants, num_warps=COMPACT_WARPS
+        flags, tile_counts, active.indices, active.count, neurons, **constants, num_warps=COMPACT_WARPS, num_stages=1
     )
     return active
 
@@ -138,7 +138,7 @@ def _select(scores: torch.Tensor, threshold: torch.Tensor, mask: torch.Tensor | 
         _threshold_kernel[(tiles,)](
             scores.contiguous(), threshold.contiguous(), flags, tile_counts,
             flags if mask is None else mask.view(torch.uint8), tokens, neurons,
-            **_threshold_constants(tokens, threshold.numel() > 1, mask is not None), num_warps=TILE_WARPS,
+            **_threshold_constants(tokens, threshold.numel() > 1, mask is not None), num_warps=TILE_WARPS, num_stages=1,
         )  # fmt: skip
     return compact(flags, tile_counts, TILE)
 

@@ -98,7 +98,7 @@ def sign_select(x: torch.Tensor, signs: torch.Tensor, threshold: torch.Tensor) -
         _sign_select_kernel[(tiles,)](
             x, signs.contiguous(), threshold.contiguous(), flags, tile_counts,
             flags if mask is None else mask.view(torch.uint8), tokens, neurons, columns, words,
-            **constants, num_warps=NUM_WARPS,
+            **constants, num_warps=NUM_WARPS, num_stages=1,
         )  # fmt: skip
     return Selection(compact(flags, tile_counts, tile), mask)
 
@@ -107,7 +107,7 @@ def _packed(x: torch.Tensor, words: int) -> torch.Tensor:
     """int32 [T, words] of contiguous x."""
     x_words = torch.empty(x.shape[0], words, dtype=torch.int32, device=x.device)
     _pack_kernel[(triton.cdiv(words, PACK_WORDS), x.shape[0])](
-        x, x_words, x.shape[1], words, BLOCK_W=PACK_WORDS, num_warps=PACK_WARPS
+        x, x_words, x.shape[1], words, BLOCK_W=PACK_WORDS, num_warps=PACK_WARPS, num_stages=1
     )
     return x_words
 

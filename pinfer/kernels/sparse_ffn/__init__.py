@@ -24,6 +24,7 @@ def _make_inputs(
     gated: bool = True,
     masked: bool = False,
     with_gate_values: bool = False,
+    up_type: str | None = None,
     down_type: str | None = None,
     int8: bool = False,
 ) -> dict[str, Any]:
@@ -31,7 +32,8 @@ def _make_inputs(
     threshold = torch.tensor([1 - density if density < 1 else -1.0], device=generator.device)
     x = cases.random_floats(generator, tokens, width)
     gate, up, down = (
-        cases.random_blocks(generator, BY_NAME[name], neurons, width) for name in (type, type, down_type or type)
+        cases.random_blocks(generator, BY_NAME[name], neurons, width)
+        for name in (type, up_type or type, down_type or type)
     )
     return {
         "x": x,
@@ -98,6 +100,8 @@ OP = Op(
           for name in BY_NAME),
         {"type": "Q4_K", "tokens": 16, "neurons": 160, "width": 1280, "density": 0.05, "masked": True,
          "down_type": "Q8_0"},
+        *({"type": "Q4_K", "up_type": "Q5_0", "tokens": tokens, "neurons": 40, "width": 256, "density": 0.4}
+          for tokens in (1, 3)),
         {"type": "Q6_K", "tokens": 4, "neurons": 90, "width": 256, "density": 1.0, "down_type": "F16"},
         {"type": "BF16", "tokens": 7, "neurons": 23, "width": 64, "density": 0.0, "masked": True},
         {"type": "F16", "tokens": 3, "neurons": 40, "width": 31, "density": 0.3, "gated": False, "activation": "relu"},

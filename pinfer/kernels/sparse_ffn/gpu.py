@@ -131,9 +131,9 @@ def _hidden_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """h [T, N] by place in the list, of partial products [gate and up as far as there are, parts, T, N]."""
-    count, token = tl.load(count_ptr), tl.program_id(1).to(tl.int64)
+    count, token = tl.load(count_ptr), tl.program_id(0).to(tl.int64)
     size = tokens.to(tl.int64) * neurons
-    for first in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
+    for first in range(tl.program_id(1) * BLOCK, count, tl.num_programs(1) * BLOCK):
         k = first + tl.arange(0, BLOCK)
         inside = k < count
         n = tl.load(indices_ptr + k, mask=inside, other=0).to(tl.int64)
@@ -242,7 +242,7 @@ def _batched(
     partial = products(x, read, active) if read else x.new_empty(0, 1, tokens, neurons)
     h = torch.empty(tokens, neurons, dtype=torch.float32, device=x.device)
     blocks = triton.cdiv(neurons, HIDDEN_BLOCK) if x.is_cuda else 1
-    _hidden_kernel[(blocks, tokens)](
+    _hidden_kernel[(tokens, blocks)](
         partial, x if gate_values is None else gate_values,
         active.count if mask is None else mask.view(torch.uint8), active.indices, active.count, h,
         tokens, neurons, partial.shape[1],
@@ -272,8 +272,9 @@ def builds() -> list[Build]:
         build_of("F16", "F16", 4096, activation="relu", HAS_UP=False),
         *(products_build(name, 4096, listed=True) for name in BY_NAME),
         *(row_sums_build(name, 4096, listed=True) for name in BY_NAME),
-        *(products_build("Q4_K", width, listed=True) for width in (5120, 8192)),
-        *(row_sums_build("Q8_0", width, listed=True) for width in (5120, 8192)),
+        products_build("F32", 1120, listed=True),
+        products_build("Q4_K", 5120, listed=True),
+        row_sums_build("Q8_0", 8192, listed=True),
         _hidden_build("silu", HAS_UP=True, HAS_MASK=True),
         _hidden_build("drelu", HAS_UP=True, HAS_MASK=True, HAS_GATE_VALUES=True),
         _hidden_build("gelu_tanh"),

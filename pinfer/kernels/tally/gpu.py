@@ -24,9 +24,9 @@ def _tally_kernel(count_ptr, totals_ptr, factor, tokens):
 def tally(active: Active, totals: torch.Tensor, *, tokens: int, mask: torch.Tensor | None = None) -> torch.Tensor:
     check_inputs(totals, tokens, mask)
     if mask is None:
-        _tally_kernel[(1,)](active.count, totals, tokens, tokens, num_warps=1)
+        _tally_kernel[(1,)](active.count, totals, tokens, tokens, num_warps=1, num_stages=1)
     else:
-        _tally_kernel[(1,)](mask.sum(dtype=torch.int64), totals, 1, tokens, num_warps=1)
+        _tally_kernel[(1,)](mask.sum(dtype=torch.int64), totals, 1, tokens, num_warps=1, num_stages=1)
     return totals
 
 
