@@ -90,6 +90,7 @@ void add_sparse_ffn(Memory& m) {
     a.x = m.floats(tokens * columns), a.tokens = tokens;
     a.indices = m.of(listed), a.count = m.of<int32_t>({int32_t(listed.size())});
     a.mask = mask, a.gate_values = one_in(3) ? m.floats(tokens * neurons) : nullptr;
+    a.shift = one_in(3) ? m.floats(neurons) : nullptr;
     a.activation = int32_t(below(5)), a.int8 = int32_t(below(2));
     a.y = m.output(tokens * columns), a.hidden = m.output(neurons * tokens, false);
     a.scratch = a.int8 ? m.scratch(2 * pinfer_scratch_bytes(tokens, columns)) : nullptr;
@@ -113,8 +114,10 @@ void add_elementwise(Memory& m) {
         return;
     }
     const float* up = one_in(2) ? m.floats(count) : nullptr;
-    m.step(PINFER_GLU, pinfer_glu_arguments{m.floats(count), up, count, int32_t(below(4)), up ? 0 : int32_t(below(2)),
-                                            m.output(count)});
+    const int64_t neurons = count && count % 7 == 0 ? count / 7 : count;
+    const float* shift = one_in(2) ? m.floats(neurons) : nullptr;
+    m.step(PINFER_GLU, pinfer_glu_arguments{m.floats(count), up, shift, count, neurons, int32_t(below(5)),
+                                            up ? 0 : int32_t(below(2)), m.output(count)});
 }
 
 void add_norm(Memory& m) {

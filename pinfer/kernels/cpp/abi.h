@@ -82,6 +82,7 @@ struct pinfer_sparse_ffn_arguments {
     const int32_t* count;
     const uint8_t* mask;       // [tokens, N] or null
     const float* gate_values;  // [tokens, N] or null: gate_n · x where the predictor has made it
+    const float* shift;        // [N] or null: taken off act(g_n)
     int32_t activation;
     int32_t int8;
     float* y;
@@ -113,10 +114,11 @@ struct pinfer_add_arguments {
     float* y;
 };
 
-// y = act(gate) · up (dReLU: of up clamped at 0), act(gate) where up is null, |act(gate)| with `magnitude`
+// y = (act(gate) - shift) · up (dReLU: of up clamped at 0), without up where it is null; with `magnitude` its size
 struct pinfer_glu_arguments {
     const float *gate, *up;
-    int64_t count;
+    const float* shift;  // [neurons] or null
+    int64_t count, neurons;  // count: tokens · neurons
     int32_t activation, magnitude;
     float* y;
 };

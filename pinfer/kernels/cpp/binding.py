@@ -85,6 +85,7 @@ class SparseFFN(Arguments):
         ("count", c_void_p),
         ("mask", c_void_p),
         ("gate_values", c_void_p),
+        ("shift", c_void_p),
         ("activation", c_int32),
         ("int8", c_int32),
         ("y", c_void_p),
@@ -128,7 +129,9 @@ class GLU(Arguments):
     _fields_ = (
         ("gate", c_void_p),
         ("up", c_void_p),
+        ("shift", c_void_p),
         ("count", c_int64),
+        ("neurons", c_int64),
         ("activation", c_int32),
         ("magnitude", c_int32),
         ("y", c_void_p),

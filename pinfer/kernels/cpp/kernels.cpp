@@ -187,7 +187,8 @@ void hidden_values(const pinfer_sparse_ffn_arguments& a, const Inputs& gate_in, 
     const auto listed = [&](int64_t k) { return int64_t(a.indices[k]); };
     const auto put = [&](int64_t k, int64_t t, float g) {
         const bool wanted = !a.mask || a.mask[t * N + listed(k)];
-        a.hidden[k * T + t] = wanted ? activate(a.activation, g) : 0.0f;
+        const float shift = a.shift ? a.shift[listed(k)] : 0.0f;
+        a.hidden[k * T + t] = wanted ? activate(a.activation, g) - shift : 0.0f;
     };
     if (a.gate_values) {
         for (int64_t k = first; k < last; ++k)
@@ -333,18 +334,28 @@ void add(Team& team, const pinfer_add_arguments& a) {
 }
 
 void glu(Team& team, const pinfer_glu_arguments& a) {
-    elementwise(team, a.count, [&](int64_t first, int64_t last) {
+    const auto some = [&](int64_t first, int64_t last, const float* shift) {  // shift: of `first`, or null
         int64_t i = first;
         for (; i + LANES <= last; i += LANES) {
             F32 v = activate(a.activation, load<F32>(a.gate + i));
+            if (shift) v -= load<F32>(shift + (i - first));
             if (a.magnitude) v = v < 0.0f ? -v : v;
             if (a.up) v *= activate_up(a.activation, load<F32>(a.up + i));
             store(a.y + i, v);
         }
         for (; i < last; ++i) {
             float v = activate(a.activation, a.gate[i]);
+            if (shift) v -= shift[i - first];
             if (a.magnitude) v = __builtin_fabsf(v);
             a.y[i] = a.up ? v * activate_up(a.activation, a.up[i]) : v;
+        }
+    };
+    elementwise(team, a.count, [&](int64_t first, int64_t last) {
+        if (!a.shift) return some(first, last, nullptr);
+        while (first < last) {  // row by row, as each begins with the first neuron's shift
+            const int64_t n = first % a.neurons, end = smaller(last, first + a.neurons - n);
+            some(first, end, a.shift + n);
+            first = end;
         }
     });
 }
