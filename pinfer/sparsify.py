@@ -166,8 +166,12 @@ def sparsify(
             raise ValueError(f"layer {layer} is not dense: it has a {type(dense).__name__}")
         weights = FFNWeights(dense.gate, dense.up, *downs(layer, dense))
         sparse = SparseFFN(weights, predictors(layer, dense), dense.activation)
-        block.ffn = sparse if plan is None else HybridFFN(*(sparse.shard(part) for part in plan.split(layer)))
+        block.ffn = sparse if plan is None else _hybrid(sparse, *plan.split(layer))
     return model
+
+
+def _hybrid(sparse: SparseFFN, hot: torch.Tensor, cold: torch.Tensor) -> HybridFFN:
+    return HybridFFN(sparse.shard(hot), sparse.shard(cold, compensated=False))
 
 
 def down_error(model: Transformer) -> float:

@@ -15,7 +15,10 @@ from pinfer.models.weights import WeightSource
 
 
 class Block(nn.Module):
-    """One layer of a family: `block(x, cache) -> x`, with an `ffn` that may be replaced."""
+    """One layer of a family: `block(x, cache, opens=False) -> x`, with an `ffn` that may be replaced.
+
+    `opens` says that the first row is the first token of its sequence.
+    """
 
     ffn: nn.Module
 
@@ -50,15 +53,20 @@ class Transformer(nn.Module):
             raise ValueError(f"{cache.length + tokens.shape[0]} tokens do not fit the context of {cache.context}")
         for rope in self.ropes:
             rope.reserve(cache.length + tokens.shape[0])
-        logits = self.compute(tokens, cache, last_only=last_only)
+        logits = self.compute(tokens, cache, last_only=last_only, opens=cache.length == 0)
         cache.length += tokens.shape[0]
         return logits
 
-    def compute(self, tokens: torch.Tensor, cache: KVCache, *, last_only: bool = False) -> torch.Tensor:
-        """`forward` by ops alone, without its checks: what a step program records. The cache's length stays."""
+    def compute(
+        self, tokens: torch.Tensor, cache: KVCache, *, last_only: bool = False, opens: bool = False
+    ) -> torch.Tensor:
+        """`forward` by ops alone, without its checks: what a step program records. The cache's length stays.
+
+        opens: whether the cache is empty, which the host need not know of it here.
+        """
         x = embed(tokens, self.embedding, scale=self.config.embedding_scale)  # [T, D]
         for block in self.blocks:
-            x = block(x, cache)
+            x = block(x, cache, opens)
         return quant_matmul(self.norm(x[-1:] if last_only else x), self.head)
 
     def new_cache(self) -> KVCache:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pinfer.kernels.select_active import Active
+from pinfer.quant import QuantTensor
 
 
 class Prediction(NamedTuple):
@@ -17,15 +18,25 @@ class Prediction(NamedTuple):
     active:      union over the tokens (see `Active`).
     mask:        bool [T, N], which of them each token uses; None for one token.
     gate_values: float32 [T, N], g_i · x where the predictor had to compute it; else None.
+    shift:       float32 [N] or None: y is to be summed over (act(g_i · x) - shift_i) · (u_i · x) · d_i.
     """
 
     active: Active
     mask: torch.Tensor | None
     gate_values: torch.Tensor | None
+    shift: torch.Tensor | None = None
 
 
 class Predictor(nn.Module, ABC):
-    """Chooses neurons for one layer's FFN."""
+    """Chooses neurons for one layer's FFN.
+
+    compensation: QuantTensor [D, D] or None; what it makes of x stands for the neurons left out.
+    opens_dense:  whether a sequence's first token is computed whole. Its activations are outliers
+                  that later tokens attend to, and thresholds for the others fit it badly.
+    """
+
+    compensation: QuantTensor | None = None
+    opens_dense = False
 
     @abstractmethod
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> Prediction:
