@@ -39,6 +39,7 @@ from pinfer.sparsify import (
 ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED_MODEL = ASSETS / "pinfer-tiny-q8_0.gguf"
 CALIBRATION_TEXT = ASSETS / "calibration.txt"
+EVALUATION_TEXT = ASSETS / "evaluation.txt"  # neither trained nor calibrated on
 
 DEFAULT_CONTEXT = 4096
 # A second thread costs a small model more than it brings: the shipped one (7.5 MB) decodes at 2,850
