@@ -98,7 +98,6 @@ def evaluate_command(
     """Measure perplexity, distance from dense, and what the predictor catches, on a text."""
     run = RunConfig(
         model=model,
-        context=max(window, 1),  # `sliding_windows` says what is wrong with less
         activation=activation,
         threads=threads,
         backend=backend,

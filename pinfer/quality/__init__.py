@@ -1,7 +1,7 @@
 """Quality of a model on a text: perplexity, distance from the same checkpoint run dense, what its predictor misses."""
 
+from pinfer.quality.compare import SparseSummary, Summary, WindowScores, evaluate, summarise
 from pinfer.quality.distance import Distance, compare_logits, logit_distance
-from pinfer.quality.evaluate import SparseSummary, Summary, WindowScores, evaluate, summarise
 from pinfer.quality.neurons import NeuronCounts, NeuronObserver, count_neurons, truly_active
 from pinfer.quality.perplexity import Estimate, Perplexity, over_windows, perplexity, windows
 from pinfer.quality.records import check_writable, figures, records, write_records

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pinfer.quality.evaluate import SparseSummary, Summary, WindowScores
+from pinfer.quality.compare import SparseSummary, Summary, WindowScores
 from pinfer.quality.neurons import NeuronCounts
 from pinfer.quality.perplexity import Estimate, Perplexity, over_windows
 

@@ -69,7 +69,7 @@ def _score(
         if len(logits) == 1:
             pieces.append({"dense_nll": F.cross_entropy(logits[0], here, reduction="none")})
         else:
-            pieces.append(compare_logits(*logits, here))
+            pieces.append(compare_logits(logits[0], logits[1], here))
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
