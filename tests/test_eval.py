@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pinfer.kernels.select_active.reference import listed
 from pinfer.models import Transformer, build_model
 from pinfer.placement import Plan
 from pinfer.predictors import Prediction, Predictor
-from pinfer.quality import NeuronCounts, NeuronObserver, evaluate, sliding_windows, summarise
+from pinfer.quality import NeuronCounts, NeuronObserver, evaluate, sliding_windows, summarise, write_records
 from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
 
 HELD_OUT = Path(__file__).parent.parent / "experiments" / "data" / "heldout.txt"
@@ -73,14 +74,17 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def expected_counts(
-    dense_path: Path, layer: int, activation: str, x: torch.Tensor, table: torch.Tensor
+    dense_path: Path, layer: int, activation: str, x: torch.Tensor, table: torch.Tensor, skip: int
 ) -> NeuronCounts:
-    """One neuron of one token at a time, in float64, from the file's matrices; x [T, D] is what the FFN was given."""
+    """One neuron of one token at a time, in float64, from the file's matrices.
+
+    x [T, D] is what the FFN was given; its first `skip` tokens are context.
+    """
     gguf = GGUFFile.open(dense_path)
     gate, up, down = (dequantize(gguf.tensor(f"blk.{layer}.ffn_{n}.weight")).double() for n in ("gate", "up", "down"))
     computed = active = caught = 0
     share = 0.0
-    for t, row in enumerate(x.double()):
+    for t, row in list(enumerate(x.double()))[skip:]:
         named = {i for i in range(len(gate)) if table[t % 16, i]}
         gates, ups = gate @ row, up @ row
         fired = ACTIVATIONS[activation](gates)
@@ -92,28 +96,35 @@ def expected_counts(
             true = {i for i in range(len(gate)) if fired[i] != 0}
         computed, active, caught = computed + len(named), active + len(true), caught + len(named & true)
         share += sum(weight[i] for i in named) / sum(weight)
-    return NeuronCounts(len(x), len(x) * len(gate), computed, active, caught, share)
+    return NeuronCounts(len(x) - skip, (len(x) - skip) * len(gate), computed, active, caught, share)
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu", "drelu"])
 @pytest.mark.parametrize("cold_fraction", [None, 0.3])
-def test_counts_are_those_of_every_neuron_by_hand(llama: Path, activation: str, cold_fraction: float | None) -> None:
+@pytest.mark.parametrize("stride", [30, 13])
+def test_counts_are_those_of_every_neuron_by_hand(
+    llama: Path, activation: str, cold_fraction: float | None, stride: int
+) -> None:
     chosen = tables(2, 96)
     plan = None if cold_fraction is None else Plan.uniform(2, 96, cold_fraction)
     sparse = S.sparsify(load(llama, activation), lambda layer, ffn: Arbitrary(chosen[layer]), plan)
     inputs: list[torch.Tensor] = []
     hooks = [ffn.register_forward_pre_hook(lambda _, x: inputs.append(x[0])) for ffn in sparse.ffns()]
+    windows = sliding_windows(TOKENS[: 31 + 26 * (stride == 13)], 30, stride, BOS)
     with torch.inference_mode():
-        (scores,) = evaluate(load(llama, activation), sliding_windows(TOKENS[:40], 40, 40, BOS), sparse)
+        found = list(evaluate(load(llama, activation), windows, sparse))
     for hook in hooks:
         hook.remove()
-    for layer, got in enumerate(scores.layers):
-        want = expected_counts(llama, layer, activation, inputs[layer], chosen[layer])
-        assert (got.tokens, got.neurons, got.computed, got.caught) == (40, 3840, want.computed, want.caught)
-        assert got.active == want.active
-        assert got.weight_share == pytest.approx(want.weight_share, rel=1e-4)
-        assert 0.05 < got.recall < 0.6, "the predictor knows nothing, so this tests nothing if it finds all"
-    assert scores.layers[0].density == pytest.approx(S.layer_densities(sparse)[0].density)
+    assert [one.window.scored for one in found] == ([30, 1] if stride == 30 else [30, 13, 13, 1])
+    given = iter(inputs)
+    for one in found:
+        for layer, got in enumerate(one.layers):
+            x = next(given)
+            want = expected_counts(llama, layer, activation, x, chosen[layer], len(x) - one.window.scored)
+            assert (got.tokens, got.neurons, got.computed) == (want.tokens, want.neurons, want.computed)
+            assert (got.active, got.caught) == (want.active, want.caught)
+            assert got.weight_share == pytest.approx(want.weight_share, rel=1e-4)
+            assert got.recall < 0.7, "the predictor knows nothing, so this tests nothing if it finds all"
 
 
 def test_a_neuron_named_but_not_listed_is_not_computed(llama: Path) -> None:
@@ -157,10 +168,11 @@ def test_computing_every_neuron_is_dense(tmp_path: Path, cold_fraction: float | 
         assert counts.weighted_recall == pytest.approx(1)
 
 
-def test_exact_catches_what_fires(llama: Path) -> None:
+@pytest.mark.parametrize("stride", [32, 9])
+def test_exact_catches_what_fires(llama: Path, stride: int) -> None:
     sparse = S.sparsify(load(llama), S.exact_predictors)
     with torch.inference_mode():
-        summary = summarise(list(evaluate(load(llama), sliding_windows(TOKENS, 32, 32, BOS), sparse)))
+        summary = summarise(list(evaluate(load(llama), sliding_windows(TOKENS, 32, stride, BOS), sparse)))
     assert summary.sparse is not None
     assert (summary.sparse.neurons.recall, summary.sparse.neurons.over_prediction) == (1.0, 1.0)
     assert 0.3 < summary.sparse.neurons.density < 0.7
@@ -264,6 +276,26 @@ def test_dense_alone_gives_perplexity_alone(llama: Path, text: Path, capsys: pyt
     assert not {"kl_nats", "density", "recall", "layers"} & set(found)
     sparse = figures(capsys, "-m", str(llama), "--text", str(text), "--window", "64", "--windows", "2")
     assert (sparse["method"], sparse["dense_perplexity"]) == ("exact", found["perplexity"])
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    write_records(path, {"method": "exact"}, iter([{"value": 1.0}]))
+    before = path.read_text()
+    assert [json.loads(line) for line in before.splitlines()] == [
+        {"kind": "run", "format": 1, "method": "exact"},
+        {"value": 1.0},
+    ]
+
+    def broken() -> Iterator[dict[str, Any]]:
+        yield {"value": 2.0}
+        assert path.read_text() == before, "written in place"
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        write_records(path, {}, broken())
+    assert path.read_text() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(("method", "row"), [("exact", True), ("dense", False)])

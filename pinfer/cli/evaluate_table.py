@@ -40,7 +40,7 @@ def _losses(summary: Summary, method: str) -> Table:
     table.add_row("dense", *_loss_cells(summary.dense), "")
     if summary.sparse is not None:
         added = summary.sparse.added
-        table.add_row(method, *_loss_cells(summary.sparse.perplexity), f"{added.value:+.4f}{_error(added, '.4f')}")
+        table.add_row(method, *_loss_cells(summary.sparse.perplexity), f"{'+' * (added.value >= 0)}{_nats(added)}")
     return table
 
 
@@ -57,12 +57,11 @@ def _error(estimate: Estimate, digits: str) -> str:
 
 def _print_distance(sparse: SparseSummary, say: Callable[[str], None]) -> None:
     def share(estimate: Estimate) -> str:
-        error = Estimate(0.0, 100 * estimate.standard_error)
-        return f"{100 * estimate.value:.1f}{_error(error, '.1f')} %"
+        error = _error(f"{100 * estimate.standard_error:.1f}")
+        return f"{100 * estimate.value:.1f}{error} %"
 
-    say(
-        f"KL(dense ‖ sparse): {sparse.kl.value:.4f}{_error(sparse.kl, '.4f')} nats, 99th percentile {sparse.kl_p99:.4f}"
-    )
+    high = _nats(Estimate(sparse.kl_p99, math.nan))
+    say(f"KL(dense ‖ sparse): {_nats(sparse.kl)} nats, 99th percentile {high}")
     say(
         f"same argmax: {share(sparse.argmax_agreement)}; argmax in dense top 5: {share(sparse.argmax_in_dense_top5)}; "
         f"of the top 5 shared: {share(sparse.top5_overlap)}"

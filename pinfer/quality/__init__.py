@@ -2,10 +2,10 @@
 
 from pinfer.quality.compare import SparseSummary, Summary, WindowScores, evaluate, summarise
 from pinfer.quality.distance import Distance, compare_logits, logit_distance
+from pinfer.quality.losses import Estimate, Perplexity, over_windows, perplexity, windows
 from pinfer.quality.neurons import NeuronCounts, NeuronObserver, count_neurons, truly_active
-from pinfer.quality.perplexity import Estimate, Perplexity, over_windows, perplexity, windows
-from pinfer.quality.records import check_writable, figures, records, write_records
-from pinfer.quality.windows import Window, sliding_windows, spread
+from pinfer.quality.report import check_writable, figures, records, write_records
+from pinfer.quality.sliding import Window, sliding_windows, spread
 
 __all__ = [
     "Distance",

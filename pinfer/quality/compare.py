@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from pinfer.models import KVCache, Transformer
 from pinfer.quality.distance import compare_logits
+from pinfer.quality.losses import Estimate, Perplexity, over_windows
 from pinfer.quality.neurons import NeuronCounts, NeuronObserver, total
-from pinfer.quality.perplexity import Estimate, Perplexity, over_windows
-from pinfer.quality.windows import Window
+from pinfer.quality.sliding import Window
 
 LOGIT_BYTES = 64 << 20  # of one model's logits at a time: 64 positions of Gemma's 262,144 tokens
 KL_QUANTILE = 0.99

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pinfer.quality.compare import SparseSummary, Summary, WindowScores
+from pinfer.quality.losses import Estimate, Perplexity, over_windows
 from pinfer.quality.neurons import NeuronCounts
-from pinfer.quality.perplexity import Estimate, Perplexity, over_windows
 
 FORMAT = 1
 UNITS = {"dense_nll": "nats", "sparse_nll": "nats", "added": "nats", "kl": "nats", "kl_p99": "nats"}
