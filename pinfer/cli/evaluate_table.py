@@ -45,14 +45,19 @@ def _losses(summary: Summary, method: str) -> Table:
 
 
 def _loss_cells(perplexity: Perplexity) -> tuple[str, str]:
-    error = Estimate(0.0, perplexity.perplexity_standard_error)
-    loss = Estimate(perplexity.nll, perplexity.standard_error)
-    return f"{perplexity.perplexity:.2f}{_error(error, '.2f')}", f"{loss.value:.4f}{_error(loss, '.4f')}"
+    error = _error(f"{perplexity.perplexity_standard_error:.2f}")
+    return f"{perplexity.perplexity:.2f}{error}", _nats(Estimate(perplexity.nll, perplexity.standard_error))
 
 
-def _error(estimate: Estimate, digits: str) -> str:
+def _nats(estimate: Estimate) -> str:
+    """The value and its standard error; what four digits would show as 0 in powers of ten."""
+    value, error = (f"{x:.0e}" if 0 < abs(x) < 5e-5 else f"{x:.4f}" for x in (estimate.value, estimate.standard_error))
+    return value + _error(error)
+
+
+def _error(shown: str) -> str:
     """± the standard error, where there is one."""
-    return f" ± {estimate.standard_error:{digits}}" if math.isfinite(estimate.standard_error) else ""
+    return "" if shown == "nan" else f" ± {shown}"
 
 
 def _print_distance(sparse: SparseSummary, say: Callable[[str], None]) -> None:
