@@ -22,7 +22,11 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nll)
+        """exp(nll); inf where that has no float."""
+        try:
+            return math.exp(self.nll)
+        except OverflowError:
+            return math.inf
 
     @property
     def perplexity_standard_error(self) -> float:

@@ -94,7 +94,7 @@ def count_neurons(weight: torch.Tensor, computed: torch.Tensor, fired: torch.Ten
         active, caught = int(fired.sum()), int((computed & fired).sum())
     total = weight.sum(1, dtype=torch.float64)
     held = torch.where(computed, weight, 0).sum(1, dtype=torch.float64)
-    share = torch.where(total > 0, held / total, 1.0)
+    share = torch.where(total == 0, 1.0, held / total)  # NaN stays
     return NeuronCounts(
         weight.shape[0], weight.numel(), int(per_token.sum()), active, caught, float(share.clamp_max(1).sum())
     )

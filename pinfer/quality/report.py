@@ -42,7 +42,7 @@ def figures(summary: Summary) -> dict[str, Any]:
 
 def neuron_figures(counts: NeuronCounts) -> dict[str, float | None]:
     """The shares of `NeuronCounts` by name."""
-    return {name: getattr(counts, name) for name in NEURON_METRICS}
+    return {name: None if (value := getattr(counts, name)) is None else _finite(value) for name in NEURON_METRICS}
 
 
 def records(summary: Summary, scores: Sequence[WindowScores]) -> Iterator[dict[str, Any]]:
