@@ -335,6 +335,9 @@ def test_the_table(llama: Path, text: Path, capsys: pytest.CaptureFixture[str], 
     assert "perplexity" in out
     for part in ("added nats", "KL(dense ‖ sparse)", "weighted recall %", "computed / active", "truly active"):
         assert (part in out) == row
+    lines = {line.split()[0]: line.count("±") for line in out.splitlines() if "±" in line}
+    assert lines["dense"] == 2
+    assert lines.get("exact") == (3 if row else None)
     assert "window 1 of" in err
     assert "left" in err
 

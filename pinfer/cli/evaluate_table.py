@@ -35,12 +35,12 @@ def print_summary(summary: Summary, about: Mapping[str, Any]) -> None:
 
 def _losses(summary: Summary, method: str) -> Table:
     table = Table("", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for title in ("perplexity", "nats a token"):
+    titles = ("perplexity", "nats a token", "added nats (paired)")
+    for title in titles if summary.sparse is not None else titles[:2]:
         table.add_column(title, justify="right")
     table.add_row("dense", *_loss_cells(summary.dense))
     if summary.sparse is not None:
         added = summary.sparse.added
-        table.add_column("added nats (paired)", justify="right")
         table.add_row(method, *_loss_cells(summary.sparse.perplexity), f"{'+' * (added.value >= 0)}{_nats(added)}")
     return table
 
