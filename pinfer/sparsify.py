@@ -21,12 +21,15 @@ from pinfer.placement import Plan
 from pinfer.predictors import (
     CalibrationInputs,
     ExactPredictor,
+    FFNMatrices,
     GateThreshold,
     LowRank,
     LowRankQuality,
     LowRankSettings,
     Predictor,
+    WeightedThreshold,
     fit_low_rank,
+    fit_weighted_threshold,
     gate_threshold_for,
 )
 from pinfer.quant import QuantTensor
@@ -36,6 +39,7 @@ PredictorMaker = Callable[[int, DenseFFN], Predictor]
 # A layer's `down` as rows [N, D], and the relative RMS error of that.
 DownMaker = Callable[[int, DenseFFN], tuple[QuantTensor, float]]
 
+THRESHOLDED: tuple[Method, ...] = ("gate_threshold", "weighted_threshold", "shift_threshold")
 # Of the sequences that low_rank is calibrated on, by number modulo 4: two parts to fit on, one for
 # the threshold, one to report on.
 _FIT, _THRESHOLD, _REPORT = (0, 2), (1,), (3,)
@@ -47,13 +51,14 @@ def resolve_method(method: Method, activation: str, sparsity: float | None) -> M
         if sparsity is not None:
             return "gate_threshold"
         return "exact" if activation in ZERO_BELOW_ZERO else "dense"
-    needs_sparsity = method == "gate_threshold" or (method == "low_rank" and activation not in ZERO_BELOW_ZERO)
+    needs_sparsity = method in THRESHOLDED or (method == "low_rank" and activation not in ZERO_BELOW_ZERO)
     if needs_sparsity and sparsity is None:
         model = f" for a model whose activation is {activation}" if method == "low_rank" else ""
         raise ValueError(f"method {method} needs a sparsity{model}, such as 0.5")
     if method in ("exact", "dense") and sparsity is not None:
         raise ValueError(
-            f"sparsity {sparsity:g} has no meaning for method {method}: it applies to gate_threshold and low_rank"
+            f"sparsity {sparsity:g} has no meaning for method {method}: "
+            f"it applies to {', '.join(THRESHOLDED)} and low_rank"
         )
     return method
 
@@ -90,6 +95,32 @@ def calibrate_gate_thresholds(model: Transformer, tokens: torch.Tensor, sparsity
     return thresholds
 
 
+def fit_weighted_predictors(
+    model: Transformer,
+    sequences: Sequence[torch.Tensor],
+    sparsity: float,
+    *,
+    shifted: bool,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[WeightedThreshold]:
+    """WeightedThreshold for every layer of a dense model, from its own inputs on sequences int64 [T].
+
+    Leaves out each sequence's first token. ValueError for a sequence of a single token, or a model
+    whose FFN has no gate.
+    """
+    _check_dense(model)
+    if any(len(tokens) < 2 for tokens in sequences):
+        raise ValueError("calibration needs sequences of at least 2 tokens")
+    fitted = []
+    for layer, (ffn, inputs) in enumerate(ffn_inputs(model, sequences), 1):
+        progress(f"fitting predictors, layer {layer} of {model.config.n_layers}")
+        if ffn.up is None:
+            raise ValueError("this model's FFN has no gate to rank neurons by: try exact or low_rank")
+        matrices = FFNMatrices(ffn.gate, ffn.up, ffn.down, ffn.activation)
+        fitted.append(fit_weighted_threshold(matrices, torch.cat([x[1:] for x in inputs]), sparsity, shifted=shifted))
+    return fitted
+
+
 def fit_low_rank_predictors(
     model: Transformer,
     sequences: Sequence[torch.Tensor],
@@ -117,7 +148,7 @@ def fit_low_rank_predictors(
     return fitted
 
 
-def low_rank_predictors(fitted: Sequence[LowRank]) -> PredictorMaker:
+def fitted_predictors(fitted: Sequence[Predictor]) -> PredictorMaker:
     """The fitted predictors, one a layer."""
     return lambda layer, ffn: fitted[layer]
 

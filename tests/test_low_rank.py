@@ -233,7 +233,7 @@ def test_a_models_predictors_are_fitted_on_its_own_inputs(tmp_path: Path) -> Non
         told: list[str] = []
         fitted = S.fit_low_rank_predictors(engine.model, sequences, LowRankSettings(64, 0.99), told.append)
         assert told == ["fitting predictors, layer 1 of 2", "fitting predictors, layer 2 of 2"]
-        S.sparsify(engine.model, S.low_rank_predictors(fitted))
+        S.sparsify(engine.model, S.fitted_predictors(fitted))
         assert S.low_rank_qualities(engine.model) == [one.quality for one in fitted]
         for one in fitted:  # 64 directions are all there are
             assert one.quality.recall > 0.95

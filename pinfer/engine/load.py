@@ -22,15 +22,16 @@ from pinfer.kernels.planes import repack
 from pinfer.kernels.registry import backend_on, check_backend, use_backend, use_int8
 from pinfer.models import Transformer, build_model, replace_weights
 from pinfer.placement import Plan
-from pinfer.predictors import LowRank, LowRankSettings
+from pinfer.predictors import LowRank, LowRankSettings, WeightedThreshold
 from pinfer.sparsify import (
     PredictorMaker,
     calibrate_gate_thresholds,
     down_error,
     exact_predictors,
     fit_low_rank_predictors,
+    fit_weighted_predictors,
+    fitted_predictors,
     gate_threshold_predictors,
-    low_rank_predictors,
     low_rank_qualities,
     resolve_method,
     sparsify,
@@ -39,6 +40,7 @@ from pinfer.sparsify import (
 ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED_MODEL = ASSETS / "pinfer-tiny-q8_0.gguf"
 CALIBRATION_TEXT = ASSETS / "calibration.txt"
+EVALUATION_TEXT = ASSETS / "evaluation.txt"  # neither trained nor calibrated on
 
 DEFAULT_CONTEXT = 4096
 # A second thread costs a small model more than it brings: the shipped one (7.5 MB) decodes at 2,850
@@ -50,6 +52,7 @@ CALIBRATION_EXCERPTS = 4  # spread over the text, which changes its subject as i
 # Fitting wants more tokens than some contexts hold, so it gets sequences. Twice as many take a tenth
 # off the neurons that low_rank names beside the active ones, and twice the time.
 FIT_SEQUENCES, FIT_TOKENS = 8, 256
+WEIGHTED_SEQUENCES = 16
 
 
 @dataclass(frozen=True)
@@ -166,13 +169,25 @@ def _predictors(engine: Engine, prepared: Prepared) -> PredictorMaker:
     if engine.method == "exact":
         return exact_predictors
     if engine.method == "low_rank":
-        return low_rank_predictors(_low_rank(engine, prepared))
+        return fitted_predictors(_low_rank(engine, prepared))
     assert engine.run.sparsity is not None
     engine.progress("calibrating thresholds on the shipped text")
     _lay_out(engine.model)
     text = CALIBRATION_TEXT.read_text(encoding="utf-8")
+    if engine.method != "gate_threshold":
+        return fitted_predictors(_weighted(engine, text))
     tokens = calibration_tokens(engine.tokenizer, text, min(CALIBRATION_TOKENS, engine.config.context_length))
     return gate_threshold_predictors(calibrate_gate_thresholds(engine.model, tokens, engine.run.sparsity))
+
+
+def _weighted(engine: Engine, text: str) -> list[WeightedThreshold]:
+    length = min(FIT_TOKENS, engine.config.context_length)
+    sequences = calibration_sequences(engine.tokenizer, text, length, WEIGHTED_SEQUENCES)
+    assert engine.run.sparsity is not None
+    shifted = engine.method == "shift_threshold"
+    return fit_weighted_predictors(
+        engine.model, sequences, engine.run.sparsity, shifted=shifted, progress=engine.progress
+    )
 
 
 def _low_rank(engine: Engine, prepared: Prepared) -> list[LowRank]:
@@ -197,18 +212,20 @@ def _low_rank(engine: Engine, prepared: Prepared) -> list[LowRank]:
     return prepared.low_rank(key, fit)
 
 
-def calibration_sequences(tokenizer: Tokenizer, text: str, length: int) -> list[torch.Tensor]:
-    """FIT_SEQUENCES excerpts from all over the text, int64 [<= length] each, opened by BOS where the model uses one."""
+def calibration_sequences(
+    tokenizer: Tokenizer, text: str, length: int, count: int = FIT_SEQUENCES
+) -> list[torch.Tensor]:
+    """`count` excerpts from all over the text, int64 [<= length] each, opened by BOS where the model uses one."""
     start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     ids = tokenizer.encode(text, add_bos=False)
-    step = min(length - len(start), len(ids) // FIT_SEQUENCES)
+    step = min(length - len(start), len(ids) // count)
     if step < 2:
         raise ValueError(
             f"calibration needs sequences of at least 2 tokens beside the opening one: "
-            f"the context is {length}, the text has {len(ids)} for {FIT_SEQUENCES} of them"
+            f"the context is {length}, the text has {len(ids)} for {count} of them"
         )
-    stride = len(ids) // FIT_SEQUENCES
-    return [torch.tensor(start + ids[at : at + step]) for at in range(0, FIT_SEQUENCES * stride, stride)]
+    stride = len(ids) // count
+    return [torch.tensor(start + ids[at : at + step]) for at in range(0, count * stride, stride)]
 
 
 def calibration_tokens(tokenizer: Tokenizer, text: str, length: int) -> torch.Tensor:

@@ -4,16 +4,20 @@ from pinfer.predictors.base import Prediction, Predictor
 from pinfer.predictors.exact import ExactPredictor
 from pinfer.predictors.gate_threshold import GateThreshold, gate_threshold_for
 from pinfer.predictors.low_rank import CalibrationInputs, LowRank, LowRankQuality, LowRankSettings, fit_low_rank
+from pinfer.predictors.weighted_threshold import FFNMatrices, WeightedThreshold, fit_weighted_threshold
 
 __all__ = [
     "CalibrationInputs",
     "ExactPredictor",
+    "FFNMatrices",
     "GateThreshold",
     "LowRank",
     "LowRankQuality",
     "LowRankSettings",
     "Prediction",
     "Predictor",
+    "WeightedThreshold",
     "fit_low_rank",
+    "fit_weighted_threshold",
     "gate_threshold_for",
 ]
