@@ -112,6 +112,8 @@ def profile(engine: Engine, solved: Solved, text: Text, tokens: int, watcher: Wa
             watcher.note(f"{solved.path} holds this profile already")
             layers = from_tensors(solved.read_tensors(ACTIVATIONS), engine.config.n_layers)
         else:
+            if done is not None:
+                watcher.note(f"{solved.path} holds a profile of another text or other settings, to be replaced")
             layers = _measure(engine, sequences, checkpoint, watcher)
             solved.write(ACTIVATIONS, to_tensors(layers), stage=STAGE, settings=settings, figures=figures_of(layers))
         checkpoint.remove()

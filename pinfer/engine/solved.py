@@ -8,6 +8,7 @@ the writer stops. Files that it does not name (reports) are no part of it. Plain
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -125,6 +126,15 @@ class Solved:
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path}: not a directory, and one is to be written there")
+        try:
+            return cls._begin(path, gguf)
+        except OSError as problem:
+            if problem.errno == errno.EROFS:
+                raise PermissionError(problem.errno, "the file system is read-only", str(path)) from problem
+            raise
+
+    @classmethod
+    def _begin(cls, path: Path, gguf: GGUFFile) -> Solved:
         path.mkdir(parents=True, exist_ok=True)
         if (path / MANIFEST).exists():
             return cls.open(path, gguf)
@@ -307,7 +317,7 @@ def _check_content(path: Path, mark: FileMark, n_bytes: int, digest: str) -> Non
 
 def _check_name(folder: Path, name: str) -> None:
     """No path, nothing hidden and not the manifest itself: a directory from elsewhere must not lead out of itself."""
-    if Path(name).name != name or name.startswith(".") or "\0" in name or name == MANIFEST:
+    if not name or Path(name).name != name or name.startswith(".") or "\0" in name or name == MANIFEST:
         raise ValueError(f"{folder}: {name!r} is no name for a file of a solved directory")
 
 

@@ -66,7 +66,7 @@ class Accumulator:
         self._negative = torch.zeros(n, dtype=torch.int64)
         self._sampled = np.unique(np.linspace(0, tokens - 1, min(tokens, CENTER_TOKENS)).round().astype(np.int64))
         self._gated = False
-        self._sample: list[torch.Tensor] = []
+        self._sample = torch.empty(len(self._sampled), n)
         self._inputs, self._hidden = Magnitudes(), Magnitudes()
 
     def add(self, x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None, hidden: torch.Tensor) -> None:
@@ -78,8 +78,8 @@ class Accumulator:
         self._mass[0] += _column_sums(contribution[:first])
         self._mass[1] += _column_sums(contribution[first:])
         self._add_up(gate, up)
-        here = (self._sampled >= self._seen) & (self._sampled < self._seen + len(x))
-        self._sample.append(acted[torch.from_numpy(self._sampled[here] - self._seen)])
+        start, end = np.searchsorted(self._sampled, (self._seen, self._seen + len(x)))
+        self._sample[start:end] = acted[torch.from_numpy(self._sampled[start:end] - self._seen)]
         self._inputs.add(x)
         self._hidden.add(hidden)
         self._seen += len(x)
@@ -113,7 +113,7 @@ class Accumulator:
             mass=mass,
             first_half_mass=self._mass[0].clone(),
             up_mean=self._up_mean(),
-            center=torch.cat(self._sample).median(0).values,
+            center=self._sample.median(0).values,
             input_quantiles=self._inputs.quantiles(),
             hidden_quantiles=self._hidden.quantiles(),
         )
