@@ -47,7 +47,8 @@ def write_report(folder: Path, model: str, text: str, profile: Profile) -> tuple
         plots = profile_plots.draw(profile.layers)
     except ImportError as error:
         plots = {}
-        problem = f"no plots: {error.name or 'matplotlib'} is not installed (pip install 'pinfer[plots]')"
+        missing = (error.name or "matplotlib").partition(".")[0]
+        problem = f"no plots: {missing} is not installed (pip install 'pinfer[plots]')"
     page = _page(model, text, profile, plots, problem)
     files = {**plots, REPORT: page.encode()}
     for name, content in files.items():

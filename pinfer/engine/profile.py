@@ -85,7 +85,7 @@ def cut(tokenizer: Tokenizer, text: Text, tokens: int, context: int) -> list[tor
     start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     ids = tokenizer.encode(text.content, add_bos=False)
     if len(ids) < MIN_TOKENS:
-        raise ValueError(f"{text.name}: {len(ids)} tokens are too short a text: at least {MIN_TOKENS} are needed")
+        raise ValueError(f"{text.name}: too short a text: {MIN_TOKENS} tokens are needed, it has {len(ids)}")
     room = min(SEQUENCE_TOKENS, context) - len(start)
     if room < 2:
         raise ValueError(f"the model's context of {context} tokens is too short to profile it")
