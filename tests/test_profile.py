@@ -63,7 +63,8 @@ def load(path: Path | None, **settings: Any) -> Engine:
 
 
 def run_profile(engine: Engine, folder: Path, watcher: Watcher | None = None, text: Text = TEXT, n: int = TOKENS):
-    return profile(engine, Solved.open_or_create(folder, engine.gguf), text, n, watcher)
+    sequences = cut(engine.tokenizer, text, n, engine.model.context)
+    return profile(engine, Solved.open_or_create(folder, engine.gguf), text, sequences, watcher)
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -274,6 +275,21 @@ def test_cutting_takes_from_all_over(model: Path) -> None:
     assert sequences[0].tolist() == ids[: len(sequences[0])]
     assert sequences[-1][0] == ids[(len(ids) // len(sequences)) * (len(sequences) - 1)]
     assert sum(map(len, cut(engine.tokenizer, TEXT, 10**9, 256))) > 0.99 * len(ids)
+
+
+def test_a_long_text_is_thinned_before_it_is_tokenised(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load(model).tokenizer
+    long = Text("long", "".join(f"{number:07} " for number in range(100_000)))
+    assert Text("short", "abc").thinned(100) == "abc"
+    spans = long.thinned(40_000).split("\n")
+    assert [len(span) for span in spans] == [20_000, 20_000]
+    assert long.content.find(spans[1]) == 400_000
+    encode, seen = tokenizer.encode, list[int]()
+    monkeypatch.setattr(
+        type(tokenizer), "encode", lambda self, text, **options: seen.append(len(text)) or encode(text, **options)
+    )
+    assert 990 <= sum(map(len, cut(tokenizer, long, 1000, 256))) <= 1010
+    assert seen[0] < 33_000
 
 
 def test_cutting_opens_with_bos(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich import box
 from rich.console import Console
@@ -60,7 +61,7 @@ def profile_command(
         return
     solved = Solved.open_or_create(output or f"{engine.path.name.removesuffix('.gguf')}.pinfer", engine.gguf)
     started = time.perf_counter()
-    result = _run(engine, solved, calibration, tokens)
+    result = _run(engine, solved, calibration, sequences)
     seconds = time.perf_counter() - started
     files, problem = write_report(solved.path, engine.path.name, calibration.name, result)
     if problem:
@@ -71,10 +72,10 @@ def profile_command(
         _print(engine, solved, result, calibration)
 
 
-def _run(engine: Engine, solved: Solved, text: Text, tokens: int) -> Profile:
+def _run(engine: Engine, solved: Solved, text: Text, sequences: list[torch.Tensor]) -> Profile:
     try:
         with _watching() as watcher:
-            return profile(engine, solved, text, tokens, watcher)
+            return profile(engine, solved, text, sequences, watcher)
     except KeyboardInterrupt:
         note(f"{solved.path} keeps the layers that are done: the same command goes on from there")
         raise

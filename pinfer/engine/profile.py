@@ -25,6 +25,8 @@ STAGE = "profile"
 SEQUENCE_TOKENS = 512  # also the chunk: values of one sequence at a time are held, [512, N] each
 MIN_TOKENS = 64  # fewer say nothing of a neuron that fires on one token in twenty
 DEFAULT_TOKENS = 8192
+MAX_TEXT_BYTES = 64 * 2**20
+CHARACTERS_A_TOKEN = 32  # more than any usual text has; of a longer one, parts are tokenised
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,25 @@ class Text:
 
     @classmethod
     def read(cls, path: str | Path | None) -> Text:
-        """A UTF-8 file, or the shipped text. OSError if it cannot be read, ValueError if it is not UTF-8."""
+        """A UTF-8 file of at most MAX_TEXT_BYTES, or the shipped text. OSError if it cannot be read, ValueError else."""
         if path is None:
             return cls("the shipped calibration text", CALIBRATION_TEXT.read_text(encoding="utf-8"))
-        data = Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_TEXT_BYTES + 1)
+        if len(data) > MAX_TEXT_BYTES:
+            raise ValueError(f"{path}: a calibration text may have at most {MAX_TEXT_BYTES} bytes")
         try:
             return cls(Path(path).name, data.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from error
+
+    def thinned(self, characters: int) -> str:
+        """About so many characters in spans of 16,384 from all over, or all if it has no more."""
+        count = max(1, characters // 16_384)
+        stride, length = len(self.content) // count, characters // count
+        if stride <= length:
+            return self.content
+        return "\n".join(self.content[at : at + length] for at in range(0, count * stride, stride))
 
     @property
     def sha256(self) -> str:
@@ -83,7 +96,7 @@ def cut(tokenizer: Tokenizer, text: Text, tokens: int, context: int) -> list[tor
     if tokens < MIN_TOKENS:
         raise ValueError(f"tokens must be at least {MIN_TOKENS}, not {tokens}")
     start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-    ids = tokenizer.encode(text.content, add_bos=False)
+    ids = tokenizer.encode(text.thinned(CHARACTERS_A_TOKEN * tokens), add_bos=False)
     if len(ids) < MIN_TOKENS:
         raise ValueError(f"{text.name}: too short a text: {MIN_TOKENS} tokens are needed, it has {len(ids)}")
     room = min(SEQUENCE_TOKENS, context) - len(start)
@@ -95,15 +108,16 @@ def cut(tokenizer: Tokenizer, text: Text, tokens: int, context: int) -> list[tor
     return [torch.tensor(start + ids[at : at + length]) for at in range(0, count * stride, stride)]
 
 
-def profile(engine: Engine, solved: Solved, text: Text, tokens: int, watcher: Watcher | None = None) -> Profile:
-    """Profile a dense model over about `tokens` tokens of a text, into a solved directory.
+def profile(
+    engine: Engine, solved: Solved, text: Text, sequences: list[torch.Tensor], watcher: Watcher | None = None
+) -> Profile:
+    """Profile a dense model over sequences int64 [T] that were `cut` from a text, into a solved directory.
 
     Goes on from the checkpoint of an interrupted run with the same settings, to the same result bit for
-    bit; a profile that is there already is returned as it is. ValueError as `cut`, for a model that is
-    not dense, and while another process profiles into the directory.
+    bit; a profile that is there already is returned as it is. ValueError for a model that is not dense or
+    whose activations are not finite, and while another process writes into the directory.
     """
     watcher = watcher or Watcher()
-    sequences = cut(engine.tokenizer, text, tokens, engine.model.context)
     settings = _settings(engine, text, sequences)
     with solved.lock():
         checkpoint = Checkpoint(solved.path, {"settings": settings, "fingerprint": solved.model.fingerprint})
