@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 DPI = 110
 NAMED_LAYERS = 10  # more are told apart by a colour bar
 PERCENTILES = 100
+LEAST, RARE = 0.1, 15  # % of tokens: what a logarithmic scale goes down to, and the median below which it is one
 
 
 def draw(layers: tuple[LayerStatistics, ...]) -> dict[str, bytes]:
@@ -47,14 +48,15 @@ def _curves(layers: tuple[LayerStatistics, ...]) -> Figure:
 
 def _heat(layers: tuple[LayerStatistics, ...]) -> Figure:
     """Layers by neurons from the hottest on: on how many tokens they fire."""
-    from matplotlib.colors import LogNorm
+    from matplotlib.colors import LogNorm, Normalize
 
-    rates = np.stack([_by_percentile(layer) for layer in layers])
+    rates = 100 * np.stack([_by_percentile(layer) for layer in layers])
+    rare = np.median(rates) < RARE
+    norm = LogNorm(LEAST, 100) if rare else Normalize(0, 100)
     figure, axes = _figure(7.2, min(8.0, 2.6 + 0.22 * len(layers)))
-    least = 0.001
     image = axes.imshow(
-        np.maximum(100 * rates, 100 * least), aspect="auto", cmap="inferno", interpolation="nearest",
-        norm=LogNorm(100 * least, 100), extent=(0, 100, len(layers) - 0.5, -0.5),
+        np.maximum(rates, LEAST), aspect="auto", cmap="inferno", interpolation="nearest", norm=norm,
+        extent=(0, 100, len(layers) - 0.5, -0.5),
     )  # fmt: skip
     for number, layer in enumerate(layers):
         axes.plot([100 * layer.hot_share()] * 2, [number - 0.5, number + 0.5], color="white", linewidth=1.2)
@@ -63,7 +65,8 @@ def _heat(layers: tuple[LayerStatistics, ...]) -> Figure:
     axes.set_title("How often neurons fire (white: those to its left make up 80 %)", loc="left")
     bar = figure.colorbar(image, ax=axes, pad=0.02)
     bar.set_label("tokens on which they fire, %")
-    bar.set_ticks([0.1, 1, 10, 100], labels=["≤ 0.1", "1", "10", "100"])
+    if rare:
+        bar.set_ticks([LEAST, 1, 10, 100], labels=[f"≤ {LEAST}", "1", "10", "100"])
     return figure
 
 

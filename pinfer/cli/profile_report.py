@@ -10,6 +10,7 @@ from pathlib import Path
 from pinfer.cli import profile_plots
 from pinfer.engine.files import write_atomically
 from pinfer.engine.profile import Profile
+from pinfer.kernels.activation import ZERO_BELOW_ZERO
 
 REPORT = "report.html"
 COLUMNS = ("layer", "density", "80 % of firings on", "80 % of contribution on", "halves agree")
@@ -19,6 +20,8 @@ MEANING = {
     "80 % of contribution on": "the same for Σ |h| ‖d‖, what neurons add to the layer's output",
     "halves agree": "the hottest 20 % by contribution in the first half of the tokens that are so in the second too; chance is 20 %",
 }
+FIRES = "A neuron fires on a token where its activation is not zero."
+COUNTS = "A neuron counts as firing on a token if it is among the fewest that hold 80 % of Σ |h| ‖d‖ there."
 CAPTIONS = {
     "curves.png": "The steeper a curve rises, the fewer neurons a GPU must hold for most of the work.",
     "heat.png": "Rows are layers; neurons are sorted in each by how often they fire.",
@@ -61,7 +64,8 @@ def _page(model: str, text: str, profile: Profile, plots: Mapping[str, bytes], p
     settings = profile.settings
     intro = (
         f"{profile.figures['tokens']:,} tokens of {escape(text)}; activation {escape(settings['activation'])}; "
-        f"{'int8' if settings['int8'] else 'float32'} activations; density {_percent(profile.figures['density'])}."
+        f"{'int8' if settings['int8'] else 'float32'} activations; density {_percent(profile.figures['density'])}. "
+        f"{FIRES if settings['activation'] in ZERO_BELOW_ZERO else COUNTS}"
     )
     body = [f"<h1>{title}</h1>", f"<p>{intro}</p>", _table(COLUMNS, rows(profile)), "<dl>"]
     body += [f"<dt>{name}</dt><dd>{meaning}</dd>" for name, meaning in MEANING.items()]
