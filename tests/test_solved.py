@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from pinfer.cli.main import BAD_INPUT, run
-from pinfer.engine.solved import FORMAT, MANIFEST, ModelMark, Solved
+from pinfer.engine.manifest import FORMAT, MANIFEST, ModelMark
+from pinfer.engine.solved import Solved
 from pinfer.formats.gguf import GGUFFile
 from tests.gguf_files import write_tiny_llama
 
