@@ -14,9 +14,8 @@ import torch
 from pinfer.config import Method
 from pinfer.ffn import Activity, DenseFFN, FFNWeights, HybridFFN, SparseFFN
 from pinfer.kernels.activation import ZERO_BELOW_ZERO
-from pinfer.kernels.ops import embed
 from pinfer.kernels.transpose import transpose_weights
-from pinfer.models import KVCache, Transformer
+from pinfer.models import KVCache, LayerWalk, Transformer
 from pinfer.placement import Plan
 from pinfer.predictors import (
     CalibrationInputs,
@@ -156,19 +155,15 @@ def fitted_predictors(fitted: Sequence[Predictor]) -> PredictorMaker:
 def ffn_inputs(model: Transformer, sequences: Sequence[torch.Tensor]) -> Iterator[tuple[DenseFFN, list[torch.Tensor]]]:
     """Per layer of a dense model, its FFN and that FFN's inputs float32 [T, D] for each sequence int64 [T].
 
-    The sequences go through the layers side by side, each with its own cache, so that one layer's
-    inputs are held at a time.
+    The sequences go through the layers side by side, so that one layer's inputs are held at a time.
     """
-    caches = [KVCache(model.config, len(tokens)) for tokens in sequences]
-    for rope in model.ropes:
-        rope.reserve(max(len(tokens) for tokens in sequences))
-    residuals = [embed(tokens, model.embedding, scale=model.config.embedding_scale) for tokens in sequences]
+    walk = LayerWalk(model, sequences)
     for block in model.blocks:
         seen: list[torch.Tensor] = []
         ffn = cast(DenseFFN, block.ffn)
         hook = ffn.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
         try:
-            residuals = [block(x, cache) for x, cache in zip(residuals, caches, strict=True)]
+            walk.advance()
         finally:
             hook.remove()
         yield ffn, seen

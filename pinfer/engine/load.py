@@ -63,7 +63,7 @@ class Engine:
     """
 
     run: RunConfig
-    path: Path
+    gguf: GGUFFile
     config: ModelConfig
     tokenizer: Tokenizer
     model: Transformer
@@ -86,6 +86,10 @@ class Engine:
         """Inference on this engine's backend and precision; every forward pass belongs inside."""
         with torch.inference_mode(), use_backend(self.run.backend), use_int8(self.int8):
             yield
+
+    @property
+    def path(self) -> Path:
+        return self.gguf.path
 
     @property
     def int8(self) -> bool:
@@ -117,7 +121,7 @@ def load_engine(run: RunConfig, progress: Callable[[str], None] = lambda _: None
     if tokenizer.vocab_size > config.vocab_size:
         raise gguf.error(f"the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size} rows")
     model = build_model(gguf, config, _context(run.context, config))
-    engine = Engine(run, path, config, tokenizer, model, method, progress=progress)
+    engine = Engine(run, gguf, config, tokenizer, model, method, progress=progress)
     check_backend(run.backend, model.embedding.device)
     prepared = Prepared(gguf, config, progress)
     with engine.computing():
