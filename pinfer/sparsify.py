@@ -23,11 +23,13 @@ from pinfer.predictors import (
     FFNMatrices,
     GateThreshold,
     LowRank,
-    LowRankQuality,
     LowRankSettings,
     Predictor,
+    PredictorQuality,
+    SignBits,
     WeightedThreshold,
     fit_low_rank,
+    fit_sign_bits,
     fit_weighted_threshold,
     gate_threshold_for,
 )
@@ -54,7 +56,9 @@ def resolve_method(method: Method, activation: str, sparsity: float | None) -> M
     if needs_sparsity and sparsity is None:
         model = f" for a model whose activation is {activation}" if method == "low_rank" else ""
         raise ValueError(f"method {method} needs a sparsity{model}, such as 0.5")
-    if method in ("exact", "dense") and sparsity is not None:
+    if method == "sign_bits" and activation not in ZERO_BELOW_ZERO:
+        raise ValueError(f"sign_bits needs a ReLU model; this one's activation is {activation}: try shift_threshold")
+    if method in ("exact", "dense", "sign_bits") and sparsity is not None:
         raise ValueError(
             f"sparsity {sparsity:g} has no meaning for method {method}: "
             f"it applies to {', '.join(THRESHOLDED)} and low_rank"
@@ -147,6 +151,30 @@ def fit_low_rank_predictors(
     return fitted
 
 
+def fit_sign_predictors(
+    model: Transformer,
+    sequences: Sequence[torch.Tensor],
+    recall: float,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[SignBits]:
+    """SignBits for every layer of a dense ReLU model, from its own inputs on sequences int64 [T].
+
+    Three quarters of the sequences set the thresholds, a quarter measures what is reached; a
+    sequence's first token counts for neither. ValueError as for `fit_low_rank_predictors`.
+    """
+    _check_dense(model)
+    if len(sequences) < 4 or any(len(tokens) < 2 for tokens in sequences):
+        raise ValueError("sign_bits is calibrated on at least 4 sequences of at least 2 tokens")
+    fitted = []
+    for layer, (ffn, inputs) in enumerate(ffn_inputs(model, sequences), 1):
+        progress(f"fitting predictors, layer {layer} of {model.config.n_layers}")
+        seen, held_out = (
+            torch.cat([x[1:] for i, x in enumerate(inputs) if (i % 4 in _REPORT) == report]) for report in (False, True)
+        )
+        fitted.append(fit_sign_bits(ffn.gate, ffn.activation, seen, held_out, recall))
+    return fitted
+
+
 def fitted_predictors(fitted: Sequence[Predictor]) -> PredictorMaker:
     """The fitted predictors, one a layer."""
     return lambda layer, ffn: fitted[layer]
@@ -206,10 +234,10 @@ def down_error(model: Transformer) -> float:
     return sum(errors) / len(errors) if errors else 0.0
 
 
-def low_rank_qualities(model: Transformer) -> list[LowRankQuality]:
-    """Per layer, what its LowRank predictor reached on held-out tokens; empty for other methods."""
+def predictor_qualities(model: Transformer) -> list[PredictorQuality]:
+    """Per layer, what its predictor reached on held-out tokens; empty for those not fitted to a recall."""
     predictors = [parts[0].predictor for ffn in model.ffns() if (parts := _shards(ffn))]
-    return [one.quality for one in predictors if isinstance(one, LowRank) and one.quality is not None]
+    return [one.quality for one in predictors if one.quality is not None]
 
 
 @dataclass(frozen=True)

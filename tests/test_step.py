@@ -26,6 +26,7 @@ RUNS = [
     {"method": "exact", "activation": "drelu"},
     {"method": "low_rank", "activation": "relu", "predictor_rank": 32},
     {"method": "low_rank", "sparsity": 0.4, "predictor_rank": 32},
+    {"method": "sign_bits", "activation": "relu"},
     {"method": "shift_threshold", "sparsity": 0.4},
     {"method": "shift_threshold", "sparsity": 0.4, "cold_fraction": 0.5},
 ]

@@ -22,17 +22,18 @@ from pinfer.kernels.planes import repack
 from pinfer.kernels.registry import backend_on, check_backend, use_backend, use_int8
 from pinfer.models import Transformer, build_model, replace_weights
 from pinfer.placement import Plan
-from pinfer.predictors import LowRank, LowRankSettings, WeightedThreshold
+from pinfer.predictors import LowRank, LowRankSettings, SignBits, WeightedThreshold
 from pinfer.sparsify import (
     PredictorMaker,
     calibrate_gate_thresholds,
     down_error,
     exact_predictors,
     fit_low_rank_predictors,
+    fit_sign_predictors,
     fit_weighted_predictors,
     fitted_predictors,
     gate_threshold_predictors,
-    low_rank_qualities,
+    predictor_qualities,
     resolve_method,
     sparsify,
 )
@@ -141,12 +142,12 @@ def _notes(engine: Engine) -> Iterator[str]:
         yield f"the slower torch reference computes: {problem}"
     if error := down_error(engine.model):
         yield f"down was requantised to Q8_0 for the sparse path, at {100 * error:.2g} % of its weights' RMS"
-    if qualities := low_rank_qualities(engine.model):
+    if qualities := predictor_qualities(engine.model):
         recalls, densities, active = (
             [getattr(layer, name) for layer in qualities] for name in ("recall", "density", "active")
         )
         yield (
-            f"low_rank catches {100 * sum(recalls) / len(recalls):.1f} % of active neurons "
+            f"{engine.method} catches {100 * sum(recalls) / len(recalls):.1f} % of active neurons "
             f"(asked {100 * engine.run.recall:g} %, worst layer {100 * min(recalls):.1f} %) and names "
             f"{sum(densities) / max(sum(active), 1e-9):.1f} for each, on calibration text that it was not fitted on"
         )
@@ -174,6 +175,8 @@ def _predictors(engine: Engine, prepared: Prepared) -> PredictorMaker:
         return exact_predictors
     if engine.method == "low_rank":
         return fitted_predictors(_low_rank(engine, prepared))
+    if engine.method == "sign_bits":
+        return fitted_predictors(_sign_bits(engine))
     assert engine.run.sparsity is not None
     engine.progress("calibrating thresholds on the shipped text")
     _lay_out(engine.model)
@@ -182,6 +185,12 @@ def _predictors(engine: Engine, prepared: Prepared) -> PredictorMaker:
         return fitted_predictors(_weighted(engine, text))
     tokens = calibration_tokens(engine.tokenizer, text, min(CALIBRATION_TOKENS, engine.config.context_length))
     return gate_threshold_predictors(calibrate_gate_thresholds(engine.model, tokens, engine.run.sparsity))
+
+
+def _sign_bits(engine: Engine) -> list[SignBits]:
+    text = CALIBRATION_TEXT.read_text(encoding="utf-8")
+    sequences = calibration_sequences(engine.tokenizer, text, min(FIT_TOKENS, engine.config.context_length))
+    return fit_sign_predictors(engine.model, sequences, engine.run.recall, engine.progress)
 
 
 def _weighted(engine: Engine, text: str) -> list[WeightedThreshold]:

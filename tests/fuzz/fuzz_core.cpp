@@ -120,6 +120,14 @@ void add_elementwise(Memory& m) {
                                             up ? 0 : int32_t(below(2)), m.output(count)});
 }
 
+void add_sign_scores(Memory& m) {
+    const int64_t tokens = from_to(1, 9), neurons = from_to(0, 90), columns = from_to(1, 300), words = (columns + 31) / 32;
+    const uint32_t* signs = reinterpret_cast<const uint32_t*>(m.bytes(neurons * words * 4));
+    uint32_t* packed = reinterpret_cast<uint32_t*>(m.output(tokens * words, false));
+    m.step(PINFER_SIGN_SCORES, pinfer_sign_scores_arguments{m.floats(tokens * columns), signs, tokens, neurons, columns,
+                                                            m.output(tokens * neurons), packed});
+}
+
 void add_norm(Memory& m) {
     const int64_t rows = from_to(0, 9), columns = from_to(1, 200);
     m.step(PINFER_RMS_NORM, pinfer_rms_norm_arguments{m.floats(rows * columns), m.floats(columns),
@@ -161,7 +169,7 @@ void add_top_k(Memory& m) {
 
 void (*const ADD[])(Memory&) = {
     add_dequantize,   add_embed, add_matmul, add_matmul,    add_select,      add_sparse_ffn, add_sparse_ffn,
-    add_input_sparse, add_norm,  add_rope,   add_attention, add_elementwise, add_tally,
+    add_input_sparse, add_sign_scores, add_norm,  add_rope,   add_attention, add_elementwise, add_tally,
     add_top_k,
 };
 

@@ -30,6 +30,7 @@ enum pinfer_kind : int32_t {
     PINFER_ATTENTION,
     PINFER_TALLY,
     PINFER_TOP_K,
+    PINFER_SIGN_SCORES,
     PINFER_KINDS,
 };
 
@@ -71,6 +72,15 @@ struct pinfer_select_arguments {
     int64_t threshold_stride;
     int32_t* indices;
     int32_t* count;
+};
+
+// scores [tokens, neurons] = Σ over columns of sign(x) · sign(w): columns less twice those that differ
+struct pinfer_sign_scores_arguments {
+    const float* x;         // [tokens, columns]; zeros and NaN count as positive
+    const uint32_t* signs;  // [neurons, words], words = ceil(columns / 32); bit j of word w is column 32 w + j's
+    int64_t tokens, neurons, columns;
+    float* scores;
+    uint32_t* packed;  // [tokens, words]
 };
 
 // y [tokens, D] = Σ over listed neurons n of act(g_n) · (up_n · x) · down_n; dReLU clamps up_n · x at 0

@@ -73,6 +73,19 @@ class SelectActive(Arguments):
     )
 
 
+class SignScores(Arguments):
+    KIND = 13
+    _fields_ = (
+        ("x", c_void_p),
+        ("signs", c_void_p),
+        ("tokens", c_int64),
+        ("neurons", c_int64),
+        ("columns", c_int64),
+        ("scores", c_void_p),
+        ("packed", c_void_p),
+    )
+
+
 class SparseFFN(Arguments):
     KIND = 4
     _fields_ = (

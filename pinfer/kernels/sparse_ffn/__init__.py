@@ -110,6 +110,7 @@ OP = Op(
          "down_type": "Q8_0"},
         *({"type": "Q4_K", "up_type": "Q5_0", "tokens": tokens, "neurons": 40, "width": 256, "density": 0.4}
           for tokens in (1, 3)),
+        {"type": "Q8_0", "tokens": 0, "neurons": 23, "width": 64, "density": 0.4, "masked": True},
         {"type": "Q6_K", "tokens": 4, "neurons": 90, "width": 256, "density": 1.0, "down_type": "F16"},
         {"type": "BF16", "tokens": 7, "neurons": 23, "width": 64, "density": 0.0, "masked": True},
         {"type": "F16", "tokens": 3, "neurons": 40, "width": 31, "density": 0.3, "gated": False, "activation": "relu"},

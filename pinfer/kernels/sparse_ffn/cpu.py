@@ -10,7 +10,7 @@ from pinfer.kernels.cpp.binding import ACTIVATION_CODES, floats, matrix, pointer
 from pinfer.kernels.dequantize.cpu import dequantize
 from pinfer.kernels.quant_matmul.cpu import GEMM_CHUNK_WEIGHTS, quant_matmul
 from pinfer.kernels.select_active.reference import Active
-from pinfer.kernels.sparse_ffn.reference import check_inputs
+from pinfer.kernels.sparse_ffn.reference import check_inputs, check_list
 from pinfer.quant import QuantTensor
 
 MANY_TOKENS = 16  # kernels.cpp keeps this many tokens of four rows
@@ -34,7 +34,7 @@ def sparse_ffn(
     gate_values, shift = (None if one is None else floats(one) for one in (gate_values, shift))
     if x.shape[0] > MANY_TOKENS:
         return _through_gemm(x, gate, up, down, active, activation, mask, gate_values, shift, int8)
-    _check_list(active, gate.rows)
+    check_list(active, gate.rows)
     tokens = x.shape[0]
     out, hidden = torch.empty(tokens, down.columns), torch.empty(gate.rows, tokens)
     bytes_mask = None if mask is None else binding.contiguous(mask).view(torch.uint8)
@@ -47,16 +47,6 @@ def sparse_ffn(
     kept = (gate.blocks, None if up is None else up.blocks, down.blocks, x, active, bytes_mask, gate_values, shift)
     binding.run(arguments, 3 * int(active.count) * x.numel(), *kept, out, hidden, memory)
     return out
-
-
-def _check_list(active: Active, neurons: int) -> None:
-    """ValueError for a list that names what is not there: the core would read past the weights."""
-    count = int(active.count)
-    if not 0 <= count <= neurons:
-        raise ValueError(f"the active list counts {count} neurons, expected 0 to {neurons}")
-    listed = active.indices[:count]
-    if count and not (int(listed.min()) >= 0 and int(listed.max()) < neurons):
-        raise ValueError(f"the active list names neurons {int(listed.min())} to {int(listed.max())} of {neurons}")
 
 
 def _through_gemm(

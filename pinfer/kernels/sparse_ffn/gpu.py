@@ -34,7 +34,7 @@ from pinfer.kernels.glu.gpu import activate, activate_up
 from pinfer.kernels.planes import repack
 from pinfer.kernels.rounding import rounded_for
 from pinfer.kernels.select_active.reference import Active
-from pinfer.kernels.sparse_ffn.reference import check_inputs
+from pinfer.kernels.sparse_ffn.reference import check_inputs, check_list
 from pinfer.kernels.tensor_cores import products, products_build, row_sums, row_sums_build
 from pinfer.kernels.tiles import (
     add_rows,
@@ -179,6 +179,8 @@ def sparse_ffn(
 ) -> torch.Tensor:
     """As the reference. Weights in blocks are repacked at every call: `repack` them once."""
     check_inputs(x, gate, up, down, active, activation, mask, gate_values, shift)
+    if not x.is_cuda:
+        check_list(active, gate.rows)  # the interpreter would crash
     if int8 and up is not None and up.type.block_size != gate.type.block_size:
         raise NotImplementedError(f"int8 with gate in {gate.type} and up in {up.type}: their blocks differ")
     x = rounded_for(x.float(), gate) if int8 else x

@@ -35,7 +35,8 @@ def sparse_ffn(
     gate, up:    QuantTensor [N, D], row i being neuron i. An ungated FFN passes its up matrix as
                  `gate` and None as `up`: y = Σ act(g_i · x) · d_i.
     down:        QuantTensor [N, D], transposed from the file so that row i is neuron i's output.
-    active:      the union over tokens of the neurons to compute.
+    active:      Active, the union over tokens of the neurons to compute: of `select_active`, or of
+                 `select_active.reference.listed(flags)`. Its numbers are not checked on a GPU.
     mask:        bool [T, N] or None: which of them each token uses.
     gate_values: float32 [T, N] or None: g_i · x where the predictor has it; gate rows stay unread.
     shift:       float32 [N] or None: taken off act(g_i · x).
@@ -44,6 +45,7 @@ def sparse_ffn(
     Returns float32 [T, D].
     """
     check_inputs(x, gate, up, down, active, activation, mask, gate_values, shift)
+    check_list(active, gate.rows)
     listed = active.indices[: int(active.count)].long()
     x = x.float()
     seen_by = (lambda weight: rounded_for(x, weight)) if int8 else (lambda weight: x)
@@ -68,6 +70,8 @@ def check_inputs(
 ) -> None:
     """ValueError for shapes or types that do not belong together; every implementation calls it."""
     check_activation(activation)
+    if not isinstance(active, Active):
+        raise ValueError(f"active is a {type(active).__name__}, expected an Active, such as listed(flags) makes")
     if x.dim() != 2 or x.shape[1] != gate.columns:
         raise ValueError(f"x is {list(x.shape)}, expected [T, {gate.columns}]")
     for name, weight in (("up", up), ("down", down)):
@@ -82,3 +86,16 @@ def check_inputs(
         raise ValueError("the active list must be contiguous int32 indices with an int32 count")
     if active.indices.numel() != gate.rows:
         raise ValueError(f"the active list is made for {active.indices.numel()} neurons, expected gate's {gate.rows}")
+
+
+def check_list(active: Active, neurons: int) -> None:
+    """ValueError for a list that names what is not there: a kernel would read past the weights.
+
+    It waits for the count, so on a GPU, where nothing waits, such a list is the caller's fault.
+    """
+    count = int(active.count)
+    if not 0 <= count <= neurons:
+        raise ValueError(f"the active list counts {count} neurons, expected 0 to {neurons}")
+    listed = active.indices[:count]
+    if count and not (int(listed.min()) >= 0 and int(listed.max()) < neurons):
+        raise ValueError(f"the active list names neurons {int(listed.min())} to {int(listed.max())} of {neurons}")
