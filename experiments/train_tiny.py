@@ -40,6 +40,10 @@ USER_CACHE = Path.home() / ".cache" / "pinfer"
 VOCAB_SIZE = 4096
 SAMPLE_CHARS = 60_000  # of calibration.txt and heldout.txt
 CALIBRATION_DOMAINS = ("kjv", "python", "postgresql", "jargon")
+# In the public domain, so that evaluation.txt is shipped without notices. Half the domains, half
+# the characters: its pieces are those of heldout.txt.
+EVALUATION_DOMAINS = ("kjv", "austen", "sqlite", "jargon", "devil")
+EVALUATION_CHARS = SAMPLE_CHARS // 2
 SMOKE_MODEL = TinyConfig(vocab_size=320, d_model=64, n_neurons=128, n_layers=2, n_heads=2, n_kv_heads=1, context=64)
 SMOKE_TOKENS = 40_000
 
@@ -96,26 +100,32 @@ def _fill_folders(options: argparse.Namespace) -> argparse.Namespace:
 
 
 def prepare_corpus(options: argparse.Namespace) -> Corpus:
-    """Return the corpus, building it once; also write the two sample texts other code uses."""
+    """Return the corpus, building it once; also write the sample texts other code uses."""
     folder = options.work / "corpus"
-    texts = (folder / "calibration.txt", folder / "heldout.txt")
+    targets = {"calibration.txt": options.assets, "heldout.txt": options.data, "evaluation.txt": options.assets}
     if not folder.exists():
         splits = synthetic_splits(options.seed) if options.smoke else read_sources(options.cache)
         vocab_size = SMOKE_MODEL.vocab_size if options.smoke else VOCAB_SIZE
         options.work.mkdir(parents=True, exist_ok=True)
         save_corpus(build_corpus(splits, vocab_size), folder)
-        for path, text in zip(texts, sample_texts(splits), strict=True):
-            write_text(path, text)
-    for path, target in zip(texts, (options.assets, options.data), strict=True):
-        write_text(target / path.name, path.read_text())
+        for name, text in zip(targets, sample_texts(splits), strict=True):
+            write_text(folder / name, text)
+    for name, target in targets.items():
+        write_text(target / name, (folder / name).read_text())
     return load_corpus(folder)
 
 
-def sample_texts(splits: dict[str, Split]) -> tuple[str, str]:
-    """Return calibration text (of training documents) and held-out text, equal parts a domain."""
-    chosen = [name for name in CALIBRATION_DOMAINS if name in splits] or list(splits)
-    calibration = sample_text([splits[name].train for name in chosen], SAMPLE_CHARS)
-    return calibration, sample_text([split.heldout for split in splits.values()], SAMPLE_CHARS)
+def sample_texts(splits: dict[str, Split]) -> tuple[str, str, str]:
+    """Return calibration text (of training documents), held-out text and the part of it to ship, equal parts a domain."""
+
+    def chosen(domains: tuple[str, ...]) -> list[Split]:
+        return [splits[name] for name in domains if name in splits] or list(splits.values())
+
+    return (
+        sample_text([split.train for split in chosen(CALIBRATION_DOMAINS)], SAMPLE_CHARS),
+        sample_text([split.heldout for split in splits.values()], SAMPLE_CHARS),
+        sample_text([split.heldout for split in chosen(EVALUATION_DOMAINS)], EVALUATION_CHARS),
+    )
 
 
 def make_trainer(options: argparse.Namespace, corpus: Corpus) -> Trainer:

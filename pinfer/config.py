@@ -13,7 +13,9 @@ from typing import Any, Literal, get_args
 
 Activation = Literal["silu", "gelu_tanh", "relu", "relu2", "drelu"]
 RopeStyle = Literal["interleaved", "halves"]
-Method = Literal["auto", "dense", "exact", "gate_threshold", "low_rank"]
+Method = Literal[
+    "auto", "dense", "exact", "gate_threshold", "weighted_threshold", "shift_threshold", "low_rank", "sign_bits"
+]
 Backend = Literal["auto", "reference", "cpu", "triton"]
 Precision = Literal["auto", "float32", "int8"]
 Numa = Literal["none", "distribute", "isolate"]

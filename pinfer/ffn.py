@@ -1,8 +1,9 @@
-"""The FFN blocks of a model, interchangeable: `ffn(x, residual) -> y`.
+"""The FFN blocks of a model, interchangeable: `ffn(x, residual, opens=False) -> y`.
 
 y = Σ_i act(g_i · x)(u_i · x) d_i over the neurons i, u_i · x clamped at 0 under dReLU. DenseFFN
 computes all of them, SparseFFN the ones its predictor names, HybridFFN adds a hot and a cold shard:
-any split of the neurons, over skips or over devices, is exact for the neurons it keeps.
+any split of the neurons, over skips or over devices, is exact for the neurons it keeps. `opens` says
+that x's first row is the first token of its sequence.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from pinfer.kernels.ops import add, glu, quant_matmul, sparse_ffn, tally
+from pinfer.kernels.select_active import Active
 from pinfer.kernels.tuning import expect_density
 from pinfer.predictors import Prediction, Predictor
 from pinfer.quant import QuantTensor
@@ -82,22 +84,32 @@ class DenseFFN(nn.Module):
         super().__init__()
         self.gate, self.up, self.down, self.activation = gate, up, down, activation
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, opens: bool = False) -> torch.Tensor:
         """x, residual: float32 [T, D]; returns float32 [T, D]."""
         up = None if self.up is None else quant_matmul(x, self.up)
         return quant_matmul(glu(quant_matmul(x, self.gate), up, activation=self.activation), self.down)
 
 
 class SparseFFN(nn.Module):
-    """The neurons its predictor names, on one device."""
+    """The neurons its predictor names, on one device, and what compensates for the others."""
 
     def __init__(self, weights: FFNWeights, predictor: Predictor, activation: str) -> None:
         super().__init__()
         self.weights, self.predictor, self.activation = weights, predictor, activation
+        self.compensation = predictor.compensation
         self.activity = Activity(weights.n_neurons, weights.gate.device)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        prediction: Prediction = self.predictor(x, residual)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, opens: bool = False) -> torch.Tensor:
+        if not (opens and self.predictor.opens_dense):
+            return self._compensated(x, residual)
+        first = self._compute(x[:1], Prediction(self._everything(), None, None))
+        return torch.cat([first, self._compensated(x[1:], residual[1:])]) if x.shape[0] > 1 else first
+
+    def _compensated(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        y = self._compute(x, self.predictor(x, residual))
+        return y if self.compensation is None else add(y, quant_matmul(x, self.compensation))
+
+    def _compute(self, x: torch.Tensor, prediction: Prediction) -> torch.Tensor:
         self.activity.record(prediction, x.shape[0])
         with expect_density(self.predictor.expected_density):
             return sparse_ffn(
@@ -109,10 +121,19 @@ class SparseFFN(nn.Module):
                 activation=self.activation,
                 mask=prediction.mask,
                 gate_values=prediction.gate_values,
+                shift=prediction.shift,
             )
 
-    def shard(self, neurons: torch.Tensor) -> SparseFFN:
-        return SparseFFN(self.weights.shard(neurons), self.predictor.shard(neurons), self.activation)
+    def _everything(self) -> Active:
+        device, count = self.weights.gate.device, self.weights.n_neurons
+        every = torch.arange(count, dtype=torch.int32, device=device)
+        return Active(every, torch.full((1,), count, dtype=torch.int32, device=device))
+
+    def shard(self, neurons: torch.Tensor, *, compensated: bool = True) -> SparseFFN:
+        """The same for some of the neurons (int64 [H]); of all shards, one is to be compensated."""
+        part = SparseFFN(self.weights.shard(neurons), self.predictor.shard(neurons), self.activation)
+        part.compensation = self.compensation if compensated else None
+        return part
 
 
 class HybridFFN(nn.Module):
@@ -122,5 +143,5 @@ class HybridFFN(nn.Module):
         super().__init__()
         self.hot, self.cold = hot, cold
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return add(self.hot(x, residual), self.cold(x, residual))
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, opens: bool = False) -> torch.Tensor:
+        return add(self.hot(x, residual, opens), self.cold(x, residual, opens))

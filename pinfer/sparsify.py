@@ -14,19 +14,23 @@ import torch
 from pinfer.config import Method
 from pinfer.ffn import Activity, DenseFFN, FFNWeights, HybridFFN, SparseFFN
 from pinfer.kernels.activation import ZERO_BELOW_ZERO
-from pinfer.kernels.ops import embed
 from pinfer.kernels.transpose import transpose_weights
-from pinfer.models import KVCache, Transformer
+from pinfer.models import KVCache, LayerWalk, Transformer
 from pinfer.placement import Plan
 from pinfer.predictors import (
     CalibrationInputs,
     ExactPredictor,
+    FFNMatrices,
     GateThreshold,
     LowRank,
-    LowRankQuality,
     LowRankSettings,
     Predictor,
+    PredictorQuality,
+    SignBits,
+    WeightedThreshold,
     fit_low_rank,
+    fit_sign_bits,
+    fit_weighted_threshold,
     gate_threshold_for,
 )
 from pinfer.quant import QuantTensor
@@ -36,6 +40,7 @@ PredictorMaker = Callable[[int, DenseFFN], Predictor]
 # A layer's `down` as rows [N, D], and the relative RMS error of that.
 DownMaker = Callable[[int, DenseFFN], tuple[QuantTensor, float]]
 
+THRESHOLDED: tuple[Method, ...] = ("gate_threshold", "weighted_threshold", "shift_threshold")
 # Of the sequences that low_rank is calibrated on, by number modulo 4: two parts to fit on, one for
 # the threshold, one to report on.
 _FIT, _THRESHOLD, _REPORT = (0, 2), (1,), (3,)
@@ -47,13 +52,16 @@ def resolve_method(method: Method, activation: str, sparsity: float | None) -> M
         if sparsity is not None:
             return "gate_threshold"
         return "exact" if activation in ZERO_BELOW_ZERO else "dense"
-    needs_sparsity = method == "gate_threshold" or (method == "low_rank" and activation not in ZERO_BELOW_ZERO)
+    needs_sparsity = method in THRESHOLDED or (method == "low_rank" and activation not in ZERO_BELOW_ZERO)
     if needs_sparsity and sparsity is None:
         model = f" for a model whose activation is {activation}" if method == "low_rank" else ""
         raise ValueError(f"method {method} needs a sparsity{model}, such as 0.5")
-    if method in ("exact", "dense") and sparsity is not None:
+    if method == "sign_bits" and activation not in ZERO_BELOW_ZERO:
+        raise ValueError(f"sign_bits needs a ReLU model; this one's activation is {activation}: try shift_threshold")
+    if method in ("exact", "dense", "sign_bits") and sparsity is not None:
         raise ValueError(
-            f"sparsity {sparsity:g} has no meaning for method {method}: it applies to gate_threshold and low_rank"
+            f"sparsity {sparsity:g} has no meaning for method {method}: "
+            f"it applies to {', '.join(THRESHOLDED)} and low_rank"
         )
     return method
 
@@ -90,6 +98,32 @@ def calibrate_gate_thresholds(model: Transformer, tokens: torch.Tensor, sparsity
     return thresholds
 
 
+def fit_weighted_predictors(
+    model: Transformer,
+    sequences: Sequence[torch.Tensor],
+    sparsity: float,
+    *,
+    shifted: bool,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[WeightedThreshold]:
+    """WeightedThreshold for every layer of a dense model, from its own inputs on sequences int64 [T].
+
+    Leaves out each sequence's first token. ValueError for a sequence of a single token, or a model
+    whose FFN has no gate.
+    """
+    _check_dense(model)
+    if any(len(tokens) < 2 for tokens in sequences):
+        raise ValueError("calibration needs sequences of at least 2 tokens")
+    fitted = []
+    for layer, (ffn, inputs) in enumerate(ffn_inputs(model, sequences), 1):
+        progress(f"fitting predictors, layer {layer} of {model.config.n_layers}")
+        if ffn.up is None:
+            raise ValueError("this model's FFN has no gate to rank neurons by: try exact or low_rank")
+        matrices = FFNMatrices(ffn.gate, ffn.up, ffn.down, ffn.activation)
+        fitted.append(fit_weighted_threshold(matrices, torch.cat([x[1:] for x in inputs]), sparsity, shifted=shifted))
+    return fitted
+
+
 def fit_low_rank_predictors(
     model: Transformer,
     sequences: Sequence[torch.Tensor],
@@ -117,7 +151,31 @@ def fit_low_rank_predictors(
     return fitted
 
 
-def low_rank_predictors(fitted: Sequence[LowRank]) -> PredictorMaker:
+def fit_sign_predictors(
+    model: Transformer,
+    sequences: Sequence[torch.Tensor],
+    recall: float,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[SignBits]:
+    """SignBits for every layer of a dense ReLU model, from its own inputs on sequences int64 [T].
+
+    Three quarters of the sequences set the thresholds, a quarter measures what is reached; a
+    sequence's first token counts for neither. ValueError as for `fit_low_rank_predictors`.
+    """
+    _check_dense(model)
+    if len(sequences) < 4 or any(len(tokens) < 2 for tokens in sequences):
+        raise ValueError("sign_bits is calibrated on at least 4 sequences of at least 2 tokens")
+    fitted = []
+    for layer, (ffn, inputs) in enumerate(ffn_inputs(model, sequences), 1):
+        progress(f"fitting predictors, layer {layer} of {model.config.n_layers}")
+        seen, held_out = (
+            torch.cat([x[1:] for i, x in enumerate(inputs) if (i % 4 in _REPORT) == report]) for report in (False, True)
+        )
+        fitted.append(fit_sign_bits(ffn.gate, ffn.activation, seen, held_out, recall))
+    return fitted
+
+
+def fitted_predictors(fitted: Sequence[Predictor]) -> PredictorMaker:
     """The fitted predictors, one a layer."""
     return lambda layer, ffn: fitted[layer]
 
@@ -125,19 +183,15 @@ def low_rank_predictors(fitted: Sequence[LowRank]) -> PredictorMaker:
 def ffn_inputs(model: Transformer, sequences: Sequence[torch.Tensor]) -> Iterator[tuple[DenseFFN, list[torch.Tensor]]]:
     """Per layer of a dense model, its FFN and that FFN's inputs float32 [T, D] for each sequence int64 [T].
 
-    The sequences go through the layers side by side, each with its own cache, so that one layer's
-    inputs are held at a time.
+    The sequences go through the layers side by side, so that one layer's inputs are held at a time.
     """
-    caches = [KVCache(model.config, len(tokens)) for tokens in sequences]
-    for rope in model.ropes:
-        rope.reserve(max(len(tokens) for tokens in sequences))
-    residuals = [embed(tokens, model.embedding, scale=model.config.embedding_scale) for tokens in sequences]
+    walk = LayerWalk(model, sequences)
     for block in model.blocks:
         seen: list[torch.Tensor] = []
         ffn = cast(DenseFFN, block.ffn)
         hook = ffn.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
         try:
-            residuals = [block(x, cache) for x, cache in zip(residuals, caches, strict=True)]
+            walk.advance()
         finally:
             hook.remove()
         yield ffn, seen
@@ -166,8 +220,12 @@ def sparsify(
             raise ValueError(f"layer {layer} is not dense: it has a {type(dense).__name__}")
         weights = FFNWeights(dense.gate, dense.up, *downs(layer, dense))
         sparse = SparseFFN(weights, predictors(layer, dense), dense.activation)
-        block.ffn = sparse if plan is None else HybridFFN(*(sparse.shard(part) for part in plan.split(layer)))
+        block.ffn = sparse if plan is None else _hybrid(sparse, *plan.split(layer))
     return model
+
+
+def _hybrid(sparse: SparseFFN, hot: torch.Tensor, cold: torch.Tensor) -> HybridFFN:
+    return HybridFFN(sparse.shard(hot), sparse.shard(cold, compensated=False))
 
 
 def down_error(model: Transformer) -> float:
@@ -176,10 +234,10 @@ def down_error(model: Transformer) -> float:
     return sum(errors) / len(errors) if errors else 0.0
 
 
-def low_rank_qualities(model: Transformer) -> list[LowRankQuality]:
-    """Per layer, what its LowRank predictor reached on held-out tokens; empty for other methods."""
+def predictor_qualities(model: Transformer) -> list[PredictorQuality]:
+    """Per layer, what its predictor reached on held-out tokens; empty for those not fitted to a recall."""
     predictors = [parts[0].predictor for ffn in model.ffns() if (parts := _shards(ffn))]
-    return [one.quality for one in predictors if isinstance(one, LowRank) and one.quality is not None]
+    return [one.quality for one in predictors if one.quality is not None]
 
 
 @dataclass(frozen=True)

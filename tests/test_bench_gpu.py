@@ -539,7 +539,7 @@ def test_a_lost_gpu_restarts_the_run_within_the_same_time(tmp_path: Path, monkey
     monkeypatch.setattr(os, "execv", replaced)
     monkeypatch.setattr(sys, "argv", ["bench", "--dry-run", "--again"])
     monkeypatch.setenv(run.RESTARTED, "5.0:0")  # so that monkeypatch puts it back
-    options = command.parser().parse_args(["--dry-run", "--again", "-o", str(tmp_path), "--only", "nothing"])
+    options = command.parser().parse_args(["--dry-run", "--again", "-o", str(tmp_path), "--only", "7B F16"])
     with pytest.raises(SystemExit):
         run.run(options, started=7.0)
     assert calls == [[sys.executable, "-m", "bench.gpu", "--dry-run", "-o", str(tmp_path)]]

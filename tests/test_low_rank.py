@@ -233,8 +233,8 @@ def test_a_models_predictors_are_fitted_on_its_own_inputs(tmp_path: Path) -> Non
         told: list[str] = []
         fitted = S.fit_low_rank_predictors(engine.model, sequences, LowRankSettings(64, 0.99), told.append)
         assert told == ["fitting predictors, layer 1 of 2", "fitting predictors, layer 2 of 2"]
-        S.sparsify(engine.model, S.low_rank_predictors(fitted))
-        assert S.low_rank_qualities(engine.model) == [one.quality for one in fitted]
+        S.sparsify(engine.model, S.fitted_predictors(fitted))
+        assert S.predictor_qualities(engine.model) == [one.quality for one in fitted]
         for one in fitted:  # 64 directions are all there are
             assert one.quality.recall > 0.95
             assert one.quality.over_prediction < 1.2
@@ -304,7 +304,7 @@ def test_models_without_relu_need_a_sparsity(tmp_path: Path) -> None:
 
 def test_the_shipped_model_keeps_its_loss(shipped_model: Path) -> None:
     engine = load_engine(RunConfig(model=str(shipped_model), method="low_rank"))
-    qualities = S.low_rank_qualities(engine.model)
+    qualities = S.predictor_qualities(engine.model)
     assert len(qualities) == 6
     for quality in qualities:
         assert quality.recall > 0.975

@@ -26,6 +26,9 @@ RUNS = [
     {"method": "exact", "activation": "drelu"},
     {"method": "low_rank", "activation": "relu", "predictor_rank": 32},
     {"method": "low_rank", "sparsity": 0.4, "predictor_rank": 32},
+    {"method": "sign_bits", "activation": "relu"},
+    {"method": "shift_threshold", "sparsity": 0.4},
+    {"method": "shift_threshold", "sparsity": 0.4, "cold_fraction": 0.5},
 ]
 
 
@@ -114,7 +117,7 @@ def test_torch_arithmetic_between_ops_leaves_the_step_unrecorded_and_right(tmp_p
     inner = engine.model.blocks[1].ffn
 
     class Edited(torch.nn.Module):
-        def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, residual: torch.Tensor, opens: bool = False) -> torch.Tensor:
             return outside(inner(x, residual))  # type: ignore[operator]
 
     engine.model.blocks[1].ffn = Edited()
@@ -129,7 +132,7 @@ def test_what_an_op_has_to_copy_leaves_the_step_unrecorded(tmp_path: Path) -> No
     inner = engine.model.blocks[1].ffn
 
     class Interleaved(torch.nn.Module):
-        def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, residual: torch.Tensor, opens: bool = False) -> torch.Tensor:
             halves = inner(x, residual).view(1, -1, 2).transpose(1, 2)  # a view that is not contiguous
             return ops.add(halves, halves).view(1, -1)
 
@@ -189,7 +192,7 @@ def test_without_recording_a_models_python_runs_at_every_token(tmp_path: Path) -
     inner, seen = engine.model.blocks[0].ffn, []
 
     class Watched(torch.nn.Module):
-        def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, residual: torch.Tensor, opens: bool = False) -> torch.Tensor:
             seen.append(1)
             return inner(x, residual)
 

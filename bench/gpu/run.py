@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import sys
 import tempfile
 import time
@@ -49,6 +50,9 @@ class DeviceLost(RuntimeError):
 def run(options: argparse.Namespace, started: float) -> int:
     """Measure, write results under the folder and print the verdict; 1 if a check failed, else 0."""
     cells = [cell for cell in planned(options.dry_run) if wanted(cell, options.only)]
+    if not cells:
+        print(f"error: --only {options.only!r} names no cell; --list shows them", file=sys.stderr)
+        return 2
     if options.list:
         print("\n".join(f"{cell.level:2} {cell.label}" for cell in cells))
         return 0
@@ -90,7 +94,9 @@ def needed_by(cells: list[Cell]) -> set[str]:
 
 
 def wanted(cell: Cell, only: str) -> bool:
-    return not only or any(part.strip().lower() in cell.label.lower() for part in only.split(","))
+    """Whether some part of `only` stands in the cell's label, not within a longer word: T1 is not T16."""
+    parts = [re.escape(part.strip()) for part in only.split(",") if part.strip()]
+    return not only or any(re.search(rf"(?<!\w){part}(?!\w)", cell.label, re.IGNORECASE) for part in parts)
 
 
 def default_folder(about: dict[str, Any], dry: bool) -> Path:

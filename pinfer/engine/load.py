@@ -22,16 +22,18 @@ from pinfer.kernels.planes import repack
 from pinfer.kernels.registry import backend_on, check_backend, use_backend, use_int8
 from pinfer.models import Transformer, build_model, replace_weights
 from pinfer.placement import Plan
-from pinfer.predictors import LowRank, LowRankSettings
+from pinfer.predictors import LowRank, LowRankSettings, SignBits, WeightedThreshold
 from pinfer.sparsify import (
     PredictorMaker,
     calibrate_gate_thresholds,
     down_error,
     exact_predictors,
     fit_low_rank_predictors,
+    fit_sign_predictors,
+    fit_weighted_predictors,
+    fitted_predictors,
     gate_threshold_predictors,
-    low_rank_predictors,
-    low_rank_qualities,
+    predictor_qualities,
     resolve_method,
     sparsify,
 )
@@ -39,6 +41,7 @@ from pinfer.sparsify import (
 ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED_MODEL = ASSETS / "pinfer-tiny-q8_0.gguf"
 CALIBRATION_TEXT = ASSETS / "calibration.txt"
+EVALUATION_TEXT = ASSETS / "evaluation.txt"  # neither trained nor calibrated on
 
 DEFAULT_CONTEXT = 4096
 # A second thread costs a small model more than it brings: the shipped one (7.5 MB) decodes at 2,850
@@ -50,6 +53,7 @@ CALIBRATION_EXCERPTS = 4  # spread over the text, which changes its subject as i
 # Fitting wants more tokens than some contexts hold, so it gets sequences. Twice as many take a tenth
 # off the neurons that low_rank names beside the active ones, and twice the time.
 FIT_SEQUENCES, FIT_TOKENS = 8, 256
+WEIGHTED_SEQUENCES = 16
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Engine:
     """
 
     run: RunConfig
-    path: Path
+    gguf: GGUFFile
     config: ModelConfig
     tokenizer: Tokenizer
     model: Transformer
@@ -83,6 +87,10 @@ class Engine:
         """Inference on this engine's backend and precision; every forward pass belongs inside."""
         with torch.inference_mode(), use_backend(self.run.backend), use_int8(self.int8):
             yield
+
+    @property
+    def path(self) -> Path:
+        return self.gguf.path
 
     @property
     def int8(self) -> bool:
@@ -114,7 +122,7 @@ def load_engine(run: RunConfig, progress: Callable[[str], None] = lambda _: None
     if tokenizer.vocab_size > config.vocab_size:
         raise gguf.error(f"the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size} rows")
     model = build_model(gguf, config, _context(run.context, config))
-    engine = Engine(run, path, config, tokenizer, model, method, progress=progress)
+    engine = Engine(run, gguf, config, tokenizer, model, method, progress=progress)
     check_backend(run.backend, model.embedding.device)
     prepared = Prepared(gguf, config, progress)
     with engine.computing():
@@ -134,12 +142,12 @@ def _notes(engine: Engine) -> Iterator[str]:
         yield f"the slower torch reference computes: {problem}"
     if error := down_error(engine.model):
         yield f"down was requantised to Q8_0 for the sparse path, at {100 * error:.2g} % of its weights' RMS"
-    if qualities := low_rank_qualities(engine.model):
+    if qualities := predictor_qualities(engine.model):
         recalls, densities, active = (
             [getattr(layer, name) for layer in qualities] for name in ("recall", "density", "active")
         )
         yield (
-            f"low_rank catches {100 * sum(recalls) / len(recalls):.1f} % of active neurons "
+            f"{engine.method} catches {100 * sum(recalls) / len(recalls):.1f} % of active neurons "
             f"(asked {100 * engine.run.recall:g} %, worst layer {100 * min(recalls):.1f} %) and names "
             f"{sum(densities) / max(sum(active), 1e-9):.1f} for each, on calibration text that it was not fitted on"
         )
@@ -166,13 +174,33 @@ def _predictors(engine: Engine, prepared: Prepared) -> PredictorMaker:
     if engine.method == "exact":
         return exact_predictors
     if engine.method == "low_rank":
-        return low_rank_predictors(_low_rank(engine, prepared))
+        return fitted_predictors(_low_rank(engine, prepared))
+    if engine.method == "sign_bits":
+        return fitted_predictors(_sign_bits(engine))
     assert engine.run.sparsity is not None
     engine.progress("calibrating thresholds on the shipped text")
     _lay_out(engine.model)
     text = CALIBRATION_TEXT.read_text(encoding="utf-8")
+    if engine.method != "gate_threshold":
+        return fitted_predictors(_weighted(engine, text))
     tokens = calibration_tokens(engine.tokenizer, text, min(CALIBRATION_TOKENS, engine.config.context_length))
     return gate_threshold_predictors(calibrate_gate_thresholds(engine.model, tokens, engine.run.sparsity))
+
+
+def _sign_bits(engine: Engine) -> list[SignBits]:
+    text = CALIBRATION_TEXT.read_text(encoding="utf-8")
+    sequences = calibration_sequences(engine.tokenizer, text, min(FIT_TOKENS, engine.config.context_length))
+    return fit_sign_predictors(engine.model, sequences, engine.run.recall, engine.progress)
+
+
+def _weighted(engine: Engine, text: str) -> list[WeightedThreshold]:
+    length = min(FIT_TOKENS, engine.config.context_length)
+    sequences = calibration_sequences(engine.tokenizer, text, length, WEIGHTED_SEQUENCES)
+    assert engine.run.sparsity is not None
+    shifted = engine.method == "shift_threshold"
+    return fit_weighted_predictors(
+        engine.model, sequences, engine.run.sparsity, shifted=shifted, progress=engine.progress
+    )
 
 
 def _low_rank(engine: Engine, prepared: Prepared) -> list[LowRank]:
@@ -197,18 +225,20 @@ def _low_rank(engine: Engine, prepared: Prepared) -> list[LowRank]:
     return prepared.low_rank(key, fit)
 
 
-def calibration_sequences(tokenizer: Tokenizer, text: str, length: int) -> list[torch.Tensor]:
-    """FIT_SEQUENCES excerpts from all over the text, int64 [<= length] each, opened by BOS where the model uses one."""
+def calibration_sequences(
+    tokenizer: Tokenizer, text: str, length: int, count: int = FIT_SEQUENCES
+) -> list[torch.Tensor]:
+    """`count` excerpts from all over the text, int64 [<= length] each, opened by BOS where the model uses one."""
     start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     ids = tokenizer.encode(text, add_bos=False)
-    step = min(length - len(start), len(ids) // FIT_SEQUENCES)
+    step = min(length - len(start), len(ids) // count)
     if step < 2:
         raise ValueError(
             f"calibration needs sequences of at least 2 tokens beside the opening one: "
-            f"the context is {length}, the text has {len(ids)} for {FIT_SEQUENCES} of them"
+            f"the context is {length}, the text has {len(ids)} for {count} of them"
         )
-    stride = len(ids) // FIT_SEQUENCES
-    return [torch.tensor(start + ids[at : at + step]) for at in range(0, FIT_SEQUENCES * stride, stride)]
+    stride = len(ids) // count
+    return [torch.tensor(start + ids[at : at + step]) for at in range(0, count * stride, stride)]
 
 
 def calibration_tokens(tokenizer: Tokenizer, text: str, length: int) -> torch.Tensor:

@@ -14,12 +14,13 @@ SAMPLE_BYTES, SAMPLES = 4096, 64
 MADV_DONTNEED = 4  # of Linux
 
 
-def fingerprint(gguf: GGUFFile) -> str:
+def fingerprint(gguf: GGUFFile, *, timed: bool = True) -> str:
     """What tells a model's file from others without reading it whole, as 32 hexadecimal digits.
 
     A hash of its size and the time of its last change, its header, both ends of each layer's `down` and
     SAMPLES pieces from all over. The time stands for what lies between the samples: a file that is
-    edited in place is another one, and so is a copy that does not keep its time.
+    edited in place is another one, and so is a copy that does not keep its time. Without `timed` it is left
+    out, for what is to stay valid for a copy of the model elsewhere.
     """
     downs = [gguf.tensor(name).blocks for name in sorted(gguf.tensors) if name.endswith("ffn_down.weight")]
     size = downs[0].untyped_storage().nbytes()  # they are views of the whole mapping
@@ -30,7 +31,7 @@ def fingerprint(gguf: GGUFFile) -> str:
         pieces += [flat[:SAMPLE_BYTES], flat[-SAMPLE_BYTES:]]
     starts = (i * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1) for i in range(SAMPLES))
     pieces += [whole[start : start + SAMPLE_BYTES] for start in starts]
-    digest = hashlib.sha256(f"{size} {gguf.path.stat().st_mtime_ns}".encode())
+    digest = hashlib.sha256(f"{size} {gguf.path.stat().st_mtime_ns if timed else 0}".encode())
     for piece in pieces:
         digest.update(piece.numpy().data)
     return digest.hexdigest()[:32]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import hashlib
 import json
 import math
@@ -35,6 +34,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from pinfer.config import ModelConfig
+from pinfer.engine.files import temporary
 from pinfer.engine.mapped import fingerprint, release_pages
 from pinfer.ffn import DenseFFN
 from pinfer.formats.gguf import GGUFFile
@@ -48,7 +48,6 @@ from pinfer.sparsify import DownMaker
 FORMAT = 1
 CACHE_FROM_BYTES = 64e6
 ALIGNMENT = 32
-STALE_TEMPORARY_S = 3600  # a writer touches its file every few seconds
 BLANK = 64 * "0"  # in place of a SHA-256
 
 
@@ -144,8 +143,8 @@ class Prepared:
         *places, last = self._places(suffix)
         for path in places:
             with contextlib.suppress(OSError):
-                return path, _temporary(path)
-        return last, _temporary(last)
+                return path, temporary(path)
+        return last, temporary(last)
 
     def _source(self, layer: int) -> QuantTensor:
         return self._gguf.tensor(f"blk.{layer}.ffn_down.weight")
@@ -247,16 +246,6 @@ def _crc32(weight: QuantTensor) -> str:
 
 def _turned(layer: int) -> str:
     return f"blk.{layer}.ffn_down_t.weight"
-
-
-def _temporary(path: Path) -> IO[bytes]:
-    """A new file to be renamed to `path`; those that a killed process left behind go."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - old.stat().st_mtime > STALE_TEMPORARY_S:
-                old.unlink()
-    return tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False)
 
 
 def _said(problem: Exception, path: Path | None = None) -> str:

@@ -9,6 +9,7 @@ from pinfer.kernels.cpp import program as programs
 from pinfer.kernels.cpp.program import NotRecordable, Program
 from pinfer.kernels.registry import settings
 from pinfer.models import KVCache, Transformer
+from pinfer.predictors import Predictor
 from pinfer.sparsify import activities
 
 
@@ -30,6 +31,7 @@ class DecodeStep:
         self._recorded_under: object = None
         self._proven = False
         self._logits = torch.empty(0)
+        self._opens_dense = any(isinstance(m, Predictor) and m.opens_dense for m in model.modules())
         self.reason = None if core_available() else "there is no C++ core"
         if not record:
             self.reason = "recording is switched off"
@@ -49,7 +51,9 @@ class DecodeStep:
         if not 0 <= token < self._model.embedding.rows:
             raise ValueError(f"token {token} is outside the vocabulary of {self._model.embedding.rows}")
         self._token.fill_(token)
-        if self._program is None or self._recorded_under != _conditions():
+        if length == 0 and self._opens_dense:
+            logits = self._plain(opens=True)
+        elif self._program is None or self._recorded_under != _conditions():
             logits = self._record() if self.reason is None else self._plain()
         elif not self._proven:
             logits = self._prove(self._program)
@@ -59,8 +63,8 @@ class DecodeStep:
         cache.length = length + 1
         return logits
 
-    def _plain(self) -> torch.Tensor:
-        return self._model.compute(self._token, self._cache)
+    def _plain(self, opens: bool = False) -> torch.Tensor:
+        return self._model.compute(self._token, self._cache, opens=opens)
 
     def _record(self) -> torch.Tensor:
         counted = _counts(self._model)

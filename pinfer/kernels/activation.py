@@ -36,9 +36,16 @@ def activate(kind: str, gate: torch.Tensor) -> torch.Tensor:
     return ACTIVATIONS[kind](gate)
 
 
-def hidden_of(kind: str, gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
-    """The hidden values of gate and up products of one shape; act(gate) without `up`. ValueError as `activate`."""
+def hidden_of(
+    kind: str, gate: torch.Tensor, up: torch.Tensor | None, shift: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The hidden values of gate and up products [T, N]; act(gate) without `up`. ValueError as `activate`.
+
+    `shift` [N] is taken off the activation: (act(gate) - shift) · up.
+    """
     hidden = activate(kind, gate)
+    if shift is not None:
+        hidden = hidden - shift
     if up is None:
         return hidden
     return hidden * (F.relu(up) if kind in CLAMPS_UP else up)

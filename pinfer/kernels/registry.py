@@ -150,6 +150,8 @@ class Op:
         backend = _forced.get()
         if backend == "auto":
             backend = _backend_for(_device_of(args, kwargs))
+        elif backend == "triton":
+            check_backend(backend, _device_of(args, kwargs))
         run, observer = self.implementation(backend), _observer.get()
         if observer is None:
             return run(*args, **kwargs)

@@ -82,7 +82,7 @@ class RowSumsLaunch:
     @classmethod
     def of(cls, group_tokens: int) -> RowSumsLaunch:
         """Fewer shares of the list where groups times tiles of tokens fill a GPU."""
-        return cls(splits=max(1, min(16, FILLING * 16 // group_tokens)))
+        return cls(splits=max(1, min(16, FILLING * 16 // max(1, group_tokens))))
 
     @classmethod
     def variants(cls) -> Iterator[RowSumsLaunch]:

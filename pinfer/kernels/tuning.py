@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import math
@@ -295,6 +296,8 @@ def tune(
         calls[0]()
     for key, (place, density, default, candidates) in trial.asked.items():
         path, gpu = place
+        if path is not None and path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "results cannot be kept in a folder", str(path))
         if path is None or gpu is None:
             raise ValueError(f"{key} cannot be tuned: {'tuning is switched off' if path is None else 'not on a GPU'}")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -395,17 +398,28 @@ def said(entry: Entry) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print what the file holds, a line for each result; 2 where there is no file to speak of."""
+    """Print what the file holds, a line for each result; 2 where it is none, or has no place to be."""
     parser = argparse.ArgumentParser(prog="python -m pinfer.kernels.tuning", description="Tuned launch parameters.")
     parser.add_argument("--clear", action="store_true", help="delete the file")
     clear, path = parser.parse_args(arguments).clear, cache_path()
     if path is None:
         print("error: PINFER_NO_TUNING is set, or no folder can hold the file", file=sys.stderr)
         return 2
+    if path.is_dir():
+        print(f"error: {path} is a folder, expected a file", file=sys.stderr)
+        return 2
     if clear:
+        print(f"{path}: {'deleted' if path.exists() else 'there was none'}")
         path.unlink(missing_ok=True)
-    print(path)
-    for gpu, kernels in _load(path).items():
+        return 0
+    with warnings.catch_warnings(record=True) as unfit:
+        warnings.simplefilter("always")
+        known = _load(path)
+    if unfit:
+        print(f"error: {unfit[0].message}", file=sys.stderr)
+        return 2
+    print(path if known else f"{path}: nothing is tuned yet")
+    for gpu, kernels in known.items():
         print(gpu)
         for key, entries in kernels.items():
             for density, entry in entries.items():

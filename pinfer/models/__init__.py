@@ -5,6 +5,7 @@ from pinfer.models.gemma3 import Gemma3Block
 from pinfer.models.layers import KVCache
 from pinfer.models.llama import LlamaBlock
 from pinfer.models.transformer import BlockBuilder, Transformer
+from pinfer.models.walk import LayerWalk
 from pinfer.models.weights import WeightSource, replace_weights
 
 FAMILIES: dict[str, BlockBuilder] = {"llama": LlamaBlock, "gemma3": Gemma3Block}
@@ -22,4 +23,4 @@ def build_model(weights: WeightSource, config: ModelConfig, context: int) -> Tra
     return Transformer(weights, config, FAMILIES[config.architecture], context)
 
 
-__all__ = ["FAMILIES", "KVCache", "Transformer", "WeightSource", "build_model", "replace_weights"]
+__all__ = ["FAMILIES", "KVCache", "LayerWalk", "Transformer", "WeightSource", "build_model", "replace_weights"]

@@ -25,7 +25,7 @@ class Gemma3Block(Block):
         self.ffn = dense_ffn(weights, config, prefix)
         self.post_ffn_norm = norm("post_ffw_norm")
 
-    def forward(self, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: KVCache, opens: bool = False) -> torch.Tensor:
         """x: float32 [T, D] residual; returns the same after this layer."""
         h = self.post_attention_norm(self.attention(self.attention_norm(x), cache), residual=x)
-        return self.post_ffn_norm(self.ffn(self.ffn_norm(h), residual=h), residual=h)
+        return self.post_ffn_norm(self.ffn(self.ffn_norm(h), residual=h, opens=opens), residual=h)

@@ -5,6 +5,7 @@ Activations are float32 [T, …] for the T tokens of one sequence; weights stay 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,13 @@ class KVCache:
         self.context = context
         with torch.inference_mode(False):  # it is set outside of inference as well
             self.position = torch.zeros(1, dtype=torch.int64)
+
+    @classmethod
+    def of_one_layer(cls, config: ModelConfig, context: int) -> KVCache:
+        """A cache that all layers share, for sequences that start anew in every layer (see `LayerWalk`)."""
+        cache = cls(dataclasses.replace(config, n_layers=1, sliding=()), context)
+        cache.layers *= config.n_layers
+        return cache
 
     @property
     def length(self) -> int:

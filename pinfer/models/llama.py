@@ -20,7 +20,7 @@ class LlamaBlock(Block):
         self.ffn_norm = RMSNorm(weights.vector(prefix + "ffn_norm.weight"), config.norm_eps)
         self.ffn = dense_ffn(weights, config, prefix)
 
-    def forward(self, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: KVCache, opens: bool = False) -> torch.Tensor:
         """x: float32 [T, D] residual; returns the same after this layer."""
         h = add(x, self.attention(self.attention_norm(x), cache))
-        return add(h, self.ffn(self.ffn_norm(h), residual=h))
+        return add(h, self.ffn(self.ffn_norm(h), residual=h, opens=opens))

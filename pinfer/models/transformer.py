@@ -15,7 +15,10 @@ from pinfer.models.weights import WeightSource
 
 
 class Block(nn.Module):
-    """One layer of a family: `block(x, cache) -> x`, with an `ffn` that may be replaced."""
+    """One layer of a family: `block(x, cache, opens=False) -> x`, with an `ffn` that may be replaced.
+
+    `opens` says that the first row is the first token of its sequence.
+    """
 
     ffn: nn.Module
 
@@ -46,20 +49,43 @@ class Transformer(nn.Module):
 
         ValueError if they do not fit the cache.
         """
+        self._make_room(tokens, cache)
+        logits = self.compute(tokens, cache, last_only=last_only, opens=cache.length == 0)
+        cache.length += tokens.shape[0]
+        return logits
+
+    def states(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """`forward` up to the head: float32 [T, D], of which `logits` makes logits, as few rows at a time as memory asks."""
+        self._make_room(tokens, cache)
+        x = self._blocks(tokens, cache, cache.length == 0)
+        cache.length += tokens.shape[0]
+        return self.norm(x)
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """The head: float32 [T, V] of states float32 [T, D]."""
+        return quant_matmul(states, self.head)
+
+    def compute(
+        self, tokens: torch.Tensor, cache: KVCache, *, last_only: bool = False, opens: bool = False
+    ) -> torch.Tensor:
+        """`forward` by ops alone, without its checks: what a step program records. The cache's length stays.
+
+        opens: whether the cache is empty, which the host need not know of it here.
+        """
+        x = self._blocks(tokens, cache, opens)
+        return self.logits(self.norm(x[-1:] if last_only else x))
+
+    def _blocks(self, tokens: torch.Tensor, cache: KVCache, opens: bool) -> torch.Tensor:
+        x = embed(tokens, self.embedding, scale=self.config.embedding_scale)  # [T, D]
+        for block in self.blocks:
+            x = block(x, cache, opens)
+        return x
+
+    def _make_room(self, tokens: torch.Tensor, cache: KVCache) -> None:
         if cache.length + tokens.shape[0] > cache.context:
             raise ValueError(f"{cache.length + tokens.shape[0]} tokens do not fit the context of {cache.context}")
         for rope in self.ropes:
             rope.reserve(cache.length + tokens.shape[0])
-        logits = self.compute(tokens, cache, last_only=last_only)
-        cache.length += tokens.shape[0]
-        return logits
-
-    def compute(self, tokens: torch.Tensor, cache: KVCache, *, last_only: bool = False) -> torch.Tensor:
-        """`forward` by ops alone, without its checks: what a step program records. The cache's length stays."""
-        x = embed(tokens, self.embedding, scale=self.config.embedding_scale)  # [T, D]
-        for block in self.blocks:
-            x = block(x, cache)
-        return quant_matmul(self.norm(x[-1:] if last_only else x), self.head)
 
     def new_cache(self) -> KVCache:
         return KVCache(self.config, self.context)

@@ -1,19 +1,26 @@
 """Predictors say which neurons to compute; one file each."""
 
-from pinfer.predictors.base import Prediction, Predictor
+from pinfer.predictors.base import Prediction, Predictor, PredictorQuality
 from pinfer.predictors.exact import ExactPredictor
 from pinfer.predictors.gate_threshold import GateThreshold, gate_threshold_for
-from pinfer.predictors.low_rank import CalibrationInputs, LowRank, LowRankQuality, LowRankSettings, fit_low_rank
+from pinfer.predictors.low_rank import CalibrationInputs, LowRank, LowRankSettings, fit_low_rank
+from pinfer.predictors.sign_bits import SignBits, fit_sign_bits
+from pinfer.predictors.weighted_threshold import FFNMatrices, WeightedThreshold, fit_weighted_threshold
 
 __all__ = [
     "CalibrationInputs",
     "ExactPredictor",
+    "FFNMatrices",
     "GateThreshold",
     "LowRank",
-    "LowRankQuality",
     "LowRankSettings",
     "Prediction",
     "Predictor",
+    "PredictorQuality",
+    "SignBits",
+    "WeightedThreshold",
     "fit_low_rank",
+    "fit_sign_bits",
+    "fit_weighted_threshold",
     "gate_threshold_for",
 ]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from pinfer.kernels.select_active import Active
+from pinfer.quant import QuantTensor
 
 
 class Prediction(NamedTuple):
@@ -17,15 +20,45 @@ class Prediction(NamedTuple):
     active:      union over the tokens (see `Active`).
     mask:        bool [T, N], which of them each token uses; None for one token.
     gate_values: float32 [T, N], g_i · x where the predictor had to compute it; else None.
+    shift:       float32 [N] or None: y is to be summed over (act(g_i · x) - shift_i) · (u_i · x) · d_i.
     """
 
     active: Active
     mask: torch.Tensor | None
     gate_values: torch.Tensor | None
+    shift: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PredictorQuality:
+    """What a fitted predictor reaches on tokens that neither its fit nor its threshold has seen.
+
+    recall: share of truly active neurons that it names, 1 where none is active; active: share of all
+    neurons that are truly active; density: share that it names.
+    """
+
+    recall: float
+    active: float
+    density: float
+
+    @property
+    def over_prediction(self) -> float:
+        """Neurons named for each truly active one; 1 is perfect."""
+        return self.density / self.active if self.active else math.inf
 
 
 class Predictor(nn.Module, ABC):
-    """Chooses neurons for one layer's FFN."""
+    """Chooses neurons for one layer's FFN.
+
+    quality:      what it reached on held-out tokens, where it was fitted to a recall.
+    compensation: QuantTensor [D, D] or None; what it makes of x stands for the neurons left out.
+    opens_dense:  whether a sequence's first token is computed whole. Its activations are outliers
+                  that later tokens attend to, and thresholds for the others fit it badly.
+    """
+
+    quality: PredictorQuality | None = None
+    compensation: QuantTensor | None = None
+    opens_dense = False
 
     @abstractmethod
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> Prediction:

@@ -24,7 +24,7 @@ import torch
 from pinfer.kernels.activation import ZERO_BELOW_ZERO, activate
 from pinfer.kernels.ops import dequantize, glu, quant_matmul, threshold_matmul
 from pinfer.kernels.select_active import passes
-from pinfer.predictors.base import Prediction, Predictor
+from pinfer.predictors.base import Prediction, Predictor, PredictorQuality
 from pinfer.predictors.gate_threshold import KEEP_ALL, gate_threshold_for
 from pinfer.quant import F16, Q8_0, QuantTensor, QuantType
 from pinfer.quantize import quantize
@@ -61,24 +61,6 @@ class LowRankSettings:
             raise ValueError(f"low_rank needs a sparsity, such as 0.5, for a model whose activation is {activation}")
 
 
-@dataclass(frozen=True)
-class LowRankQuality:
-    """What a fitted predictor reaches on tokens that neither its fit nor its threshold has seen.
-
-    recall: share of truly active neurons that it names, 1 where none is active; active: share of all
-    neurons that are truly active; density: share that it names.
-    """
-
-    recall: float
-    active: float
-    density: float
-
-    @property
-    def over_prediction(self) -> float:
-        """Neurons named for each truly active one; 1 is perfect."""
-        return self.density / self.active if self.active else math.inf
-
-
 class CalibrationInputs(NamedTuple):
     """Inputs of one layer's FFN, each float32 [T, D]: to fit on, to set the threshold on, to report on."""
 
@@ -102,7 +84,7 @@ class LowRank(Predictor):
         activation: str,
         *,
         by_magnitude: bool,
-        quality: LowRankQuality | None = None,
+        quality: PredictorQuality | None = None,
     ) -> None:
         super().__init__()
         if first.rows != second.columns or threshold.shape not in ((1,), (second.rows,)):
@@ -157,7 +139,7 @@ class LowRank(Predictor):
         rank = tensors["first"].shape[0]
         first = QuantTensor(tensors["first"], stored_type(width), width)
         second = QuantTensor(tensors["second"], stored_type(rank), rank)
-        quality = LowRankQuality(**rest["quality"])
+        quality = PredictorQuality(**rest["quality"])
         threshold, by_magnitude = tensors["threshold"], rest["by_magnitude"]
         return cls(first, second, threshold, activation, by_magnitude=by_magnitude, quality=quality)
 
@@ -175,7 +157,7 @@ def fit_low_rank(gate: QuantTensor, activation: str, inputs: CalibrationInputs, 
     _set_threshold(predictor, quant_matmul(inputs.threshold, gate), inputs.threshold, bar, settings.recall)
     named = passes(predictor.scores(inputs.report), predictor.threshold)
     active = passes(_sizes(activation, quant_matmul(inputs.report, gate)), named.new_tensor([bar], dtype=torch.float32))
-    predictor.quality = LowRankQuality(_share(named, active), *(float(m.double().mean()) for m in (active, named)))
+    predictor.quality = PredictorQuality(_share(named, active), *(float(m.double().mean()) for m in (active, named)))
     return predictor
 
 

@@ -90,6 +90,7 @@ void add_sparse_ffn(Memory& m) {
     a.x = m.floats(tokens * columns), a.tokens = tokens;
     a.indices = m.of(listed), a.count = m.of<int32_t>({int32_t(listed.size())});
     a.mask = mask, a.gate_values = one_in(3) ? m.floats(tokens * neurons) : nullptr;
+    a.shift = one_in(3) ? m.floats(neurons) : nullptr;
     a.activation = int32_t(below(5)), a.int8 = int32_t(below(2));
     a.y = m.output(tokens * columns), a.hidden = m.output(neurons * tokens, false);
     a.scratch = a.int8 ? m.scratch(2 * pinfer_scratch_bytes(tokens, columns)) : nullptr;
@@ -113,8 +114,18 @@ void add_elementwise(Memory& m) {
         return;
     }
     const float* up = one_in(2) ? m.floats(count) : nullptr;
-    m.step(PINFER_GLU, pinfer_glu_arguments{m.floats(count), up, count, int32_t(below(4)), up ? 0 : int32_t(below(2)),
-                                            m.output(count)});
+    const int64_t neurons = count && count % 7 == 0 ? count / 7 : count;
+    const float* shift = one_in(2) ? m.floats(neurons) : nullptr;
+    m.step(PINFER_GLU, pinfer_glu_arguments{m.floats(count), up, shift, count, neurons, int32_t(below(5)),
+                                            up ? 0 : int32_t(below(2)), m.output(count)});
+}
+
+void add_sign_scores(Memory& m) {
+    const int64_t tokens = from_to(1, 9), neurons = from_to(0, 90), columns = from_to(1, 300), words = (columns + 31) / 32;
+    const uint32_t* signs = reinterpret_cast<const uint32_t*>(m.bytes(neurons * words * 4));
+    uint32_t* packed = reinterpret_cast<uint32_t*>(m.output(tokens * words, false));
+    m.step(PINFER_SIGN_SCORES, pinfer_sign_scores_arguments{m.floats(tokens * columns), signs, tokens, neurons, columns,
+                                                            m.output(tokens * neurons), packed});
 }
 
 void add_norm(Memory& m) {
@@ -158,7 +169,7 @@ void add_top_k(Memory& m) {
 
 void (*const ADD[])(Memory&) = {
     add_dequantize,   add_embed, add_matmul, add_matmul,    add_select,      add_sparse_ffn, add_sparse_ffn,
-    add_input_sparse, add_norm,  add_rope,   add_attention, add_elementwise, add_tally,
+    add_input_sparse, add_sign_scores, add_norm,  add_rope,   add_attention, add_elementwise, add_tally,
     add_top_k,
 };
 

@@ -30,6 +30,7 @@ enum pinfer_kind : int32_t {
     PINFER_ATTENTION,
     PINFER_TALLY,
     PINFER_TOP_K,
+    PINFER_SIGN_SCORES,
     PINFER_KINDS,
 };
 
@@ -73,6 +74,15 @@ struct pinfer_select_arguments {
     int32_t* count;
 };
 
+// scores [tokens, neurons] = Σ over columns of sign(x) · sign(w): columns less twice those that differ
+struct pinfer_sign_scores_arguments {
+    const float* x;         // [tokens, columns]; zeros and NaN count as positive
+    const uint32_t* signs;  // [neurons, words], words = ceil(columns / 32); bit j of word w is column 32 w + j's
+    int64_t tokens, neurons, columns;
+    float* scores;
+    uint32_t* packed;  // [tokens, words]
+};
+
 // y [tokens, D] = Σ over listed neurons n of act(g_n) · (up_n · x) · down_n; dReLU clamps up_n · x at 0
 struct pinfer_sparse_ffn_arguments {
     pinfer_matrix gate, up, down;  // up.blocks is null for an ungated FFN
@@ -82,6 +92,7 @@ struct pinfer_sparse_ffn_arguments {
     const int32_t* count;
     const uint8_t* mask;       // [tokens, N] or null
     const float* gate_values;  // [tokens, N] or null: gate_n · x where the predictor has made it
+    const float* shift;        // [N] or null: taken off act(g_n)
     int32_t activation;
     int32_t int8;
     float* y;
@@ -113,10 +124,11 @@ struct pinfer_add_arguments {
     float* y;
 };
 
-// y = act(gate) · up (dReLU: of up clamped at 0), act(gate) where up is null, |act(gate)| with `magnitude`
+// y = (act(gate) - shift) · up (dReLU: of up clamped at 0), without up where it is null; with `magnitude` its size
 struct pinfer_glu_arguments {
     const float *gate, *up;
-    int64_t count;
+    const float* shift;  // [neurons] or null
+    int64_t count, neurons;  // count: tokens · neurons
     int32_t activation, magnitude;
     float* y;
 };

@@ -73,6 +73,19 @@ class SelectActive(Arguments):
     )
 
 
+class SignScores(Arguments):
+    KIND = 13
+    _fields_ = (
+        ("x", c_void_p),
+        ("signs", c_void_p),
+        ("tokens", c_int64),
+        ("neurons", c_int64),
+        ("columns", c_int64),
+        ("scores", c_void_p),
+        ("packed", c_void_p),
+    )
+
+
 class SparseFFN(Arguments):
     KIND = 4
     _fields_ = (
@@ -85,6 +98,7 @@ class SparseFFN(Arguments):
         ("count", c_void_p),
         ("mask", c_void_p),
         ("gate_values", c_void_p),
+        ("shift", c_void_p),
         ("activation", c_int32),
         ("int8", c_int32),
         ("y", c_void_p),
@@ -128,7 +142,9 @@ class GLU(Arguments):
     _fields_ = (
         ("gate", c_void_p),
         ("up", c_void_p),
+        ("shift", c_void_p),
         ("count", c_int64),
+        ("neurons", c_int64),
         ("activation", c_int32),
         ("magnitude", c_int32),
         ("y", c_void_p),

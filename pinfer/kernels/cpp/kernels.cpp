@@ -128,6 +128,35 @@ void select_active(Team& team, const pinfer_select_arguments& a) {
     team.barrier();
 }
 
+void sign_scores(Team& team, const pinfer_sign_scores_arguments& a) {
+    const int64_t words = (a.columns + 31) / 32;
+    team.share(a.tokens * words, 256, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+            const int64_t token = i / words, from = i % words * 32, to = smaller(from + 32, a.columns);
+            uint32_t word = 0;
+            for (int64_t d = from; d < to; ++d) word |= uint32_t(a.x[token * a.columns + d] < 0) << (d - from);
+            a.packed[i] = word;
+        }
+    });
+    team.barrier();
+    team.share(a.neurons, 1024, [&](int64_t first, int64_t last) {
+        for (int64_t n = first; n < last; ++n)
+            for (int64_t t = 0; t < a.tokens; ++t) {
+                const uint32_t *signs = a.signs + n * words, *of_x = a.packed + t * words;
+                int64_t differing = 0, w = 0;
+                for (; w + 2 <= words; w += 2) {
+                    uint64_t one, other;
+                    std::memcpy(&one, signs + w, 8);
+                    std::memcpy(&other, of_x + w, 8);
+                    differing += __builtin_popcountll(one ^ other);
+                }
+                for (; w < words; ++w) differing += __builtin_popcount(signs[w] ^ of_x[w]);
+                a.scores[t * a.neurons + n] = float(a.columns - 2 * differing);
+            }
+    });
+    team.barrier();
+}
+
 // y [tokens, columns] = Σ over k < count of hidden[k, t] · row index(k) of w; zeros are skipped, and
 // every element adds its rows in the order of k, four at a time.
 template <class Index>
@@ -187,7 +216,8 @@ void hidden_values(const pinfer_sparse_ffn_arguments& a, const Inputs& gate_in, 
     const auto listed = [&](int64_t k) { return int64_t(a.indices[k]); };
     const auto put = [&](int64_t k, int64_t t, float g) {
         const bool wanted = !a.mask || a.mask[t * N + listed(k)];
-        a.hidden[k * T + t] = wanted ? activate(a.activation, g) : 0.0f;
+        const float shift = a.shift ? a.shift[listed(k)] : 0.0f;
+        a.hidden[k * T + t] = wanted ? activate(a.activation, g) - shift : 0.0f;
     };
     if (a.gate_values) {
         for (int64_t k = first; k < last; ++k)
@@ -333,18 +363,28 @@ void add(Team& team, const pinfer_add_arguments& a) {
 }
 
 void glu(Team& team, const pinfer_glu_arguments& a) {
-    elementwise(team, a.count, [&](int64_t first, int64_t last) {
+    const auto some = [&](int64_t first, int64_t last, const float* shift) {  // shift: of `first`, or null
         int64_t i = first;
         for (; i + LANES <= last; i += LANES) {
             F32 v = activate(a.activation, load<F32>(a.gate + i));
+            if (shift) v -= load<F32>(shift + (i - first));
             if (a.magnitude) v = v < 0.0f ? -v : v;
             if (a.up) v *= activate_up(a.activation, load<F32>(a.up + i));
             store(a.y + i, v);
         }
         for (; i < last; ++i) {
             float v = activate(a.activation, a.gate[i]);
+            if (shift) v -= shift[i - first];
             if (a.magnitude) v = __builtin_fabsf(v);
             a.y[i] = a.up ? v * activate_up(a.activation, a.up[i]) : v;
+        }
+    };
+    elementwise(team, a.count, [&](int64_t first, int64_t last) {
+        if (!a.shift) return some(first, last, nullptr);
+        while (first < last) {  // row by row, as each begins with the first neuron's shift
+            const int64_t n = first % a.neurons, end = smaller(last, first + a.neurons - n);
+            some(first, end, a.shift + n);
+            first = end;
         }
     });
 }
@@ -468,6 +508,7 @@ const Kernels TABLE = {
         erased<pinfer_attention_arguments, attention>,
         erased<pinfer_tally_arguments, tally>,
         erased<pinfer_top_k_arguments, top_k>,
+        erased<pinfer_sign_scores_arguments, sign_scores>,
     },
     knows,
     read_all,

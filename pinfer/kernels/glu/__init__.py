@@ -18,12 +18,14 @@ def _make_inputs(
     activation: str,
     gated: bool = True,
     magnitude: bool = False,
+    shifted: bool = False,
 ) -> dict[str, Any]:
     return {
         "gate": 3 * cases.random_floats(generator, tokens, neurons),
         "up": cases.random_floats(generator, tokens, neurons) if gated else None,
         "activation": activation,
         "magnitude": magnitude,
+        "shift": cases.random_floats(generator, neurons) if shifted else None,
     }
 
 
@@ -42,6 +44,8 @@ OP = Op(
         *({"tokens": 1, "neurons": 431, "activation": name, "gated": False} for name in ACTIVATIONS),
         {"tokens": 3, "neurons": 37, "activation": "silu", "gated": False, "magnitude": True},
         {"tokens": 3, "neurons": 431, "activation": "relu2"},
+        {"tokens": 3, "neurons": 37, "activation": "silu", "gated": False, "magnitude": True, "shifted": True},
+        {"tokens": 2, "neurons": 4111, "activation": "gelu_tanh", "shifted": True},
         {"tokens": 3, "neurons": 431, "activation": "drelu"},
         {"tokens": 3, "neurons": 37, "activation": "drelu", "gated": False, "magnitude": True},
     ),

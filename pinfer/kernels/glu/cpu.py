@@ -12,12 +12,20 @@ MULTIPLICATIONS_EACH = 16  # an exponential and a division cost about as much
 
 
 def glu(
-    gate: torch.Tensor, up: torch.Tensor | None = None, *, activation: str, magnitude: bool = False
+    gate: torch.Tensor,
+    up: torch.Tensor | None = None,
+    *,
+    activation: str,
+    magnitude: bool = False,
+    shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    check_inputs(gate, up, magnitude)
+    check_inputs(gate, up, magnitude, shift)
     check_activation(activation)
-    gate, up = floats(gate), None if up is None else floats(up)
+    gate, up, shift = floats(gate), *(None if one is None else floats(one) for one in (up, shift))
     out = torch.empty(gate.shape)
-    arguments = GLU(pointer(gate), pointer(up), gate.numel(), ACTIVATION_CODES[activation], magnitude, pointer(out))
-    run(arguments, MULTIPLICATIONS_EACH * gate.numel(), gate, up, out)
+    arguments = GLU(
+        pointer(gate), pointer(up), pointer(shift), gate.numel(), gate.shape[-1], ACTIVATION_CODES[activation],
+        magnitude, pointer(out),
+    )  # fmt: skip
+    run(arguments, MULTIPLICATIONS_EACH * gate.numel(), gate, up, shift, out)
     return out

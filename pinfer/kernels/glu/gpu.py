@@ -43,12 +43,15 @@ def activate_up(u, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _glu_kernel(
-    gate_ptr, up_ptr, out_ptr, size,
-    ACTIVATION: tl.constexpr, HAS_UP: tl.constexpr, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr,
+    gate_ptr, up_ptr, shift_ptr, out_ptr, size, neurons,
+    ACTIVATION: tl.constexpr, HAS_UP: tl.constexpr, MAGNITUDE: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     h = activate(tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32), ACTIVATION)  # [BLOCK]
+    if HAS_SHIFT:
+        h -= tl.load(shift_ptr + at % neurons, mask=mask, other=0.0)
     if HAS_UP:
         h *= activate_up(tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32), ACTIVATION)  # [BLOCK]
     if MAGNITUDE:
@@ -57,26 +60,43 @@ def _glu_kernel(
 
 
 def glu(
-    gate: torch.Tensor, up: torch.Tensor | None = None, *, activation: str, magnitude: bool = False
+    gate: torch.Tensor,
+    up: torch.Tensor | None = None,
+    *,
+    activation: str,
+    magnitude: bool = False,
+    shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    check_inputs(gate, up, magnitude)
+    check_inputs(gate, up, magnitude, shift)
     check_activation(activation)
     gate = gate.contiguous()
     out = torch.empty(gate.shape, dtype=torch.float32, device=gate.device)
     _glu_kernel[(triton.cdiv(gate.numel(), BLOCK),)](
-        gate, gate if up is None else up.contiguous(), out, gate.numel(),
-        ACTIVATION=activation, HAS_UP=up is not None, MAGNITUDE=magnitude, BLOCK=BLOCK, num_warps=NUM_WARPS, num_stages=1,
+        gate, gate if up is None else up.contiguous(), gate if shift is None else shift.contiguous(), out,
+        gate.numel(), gate.shape[-1],
+        ACTIVATION=activation, HAS_UP=up is not None, MAGNITUDE=magnitude, HAS_SHIFT=shift is not None, BLOCK=BLOCK, num_warps=NUM_WARPS, num_stages=1,
     )  # fmt: skip
     return out
 
 
 def builds() -> list[Build]:
-    arguments = {**dict.fromkeys(("gate_ptr", "up_ptr", "out_ptr"), FLOATS), "size": "i32"}
+    pointers = ("gate_ptr", "up_ptr", "shift_ptr", "out_ptr")
+    arguments = {**dict.fromkeys(pointers, FLOATS), "size": "i32", "neurons": "i32"}
 
-    def build(activation: str, has_up: bool, magnitude: bool = False) -> Build:
-        constants = {"ACTIVATION": activation, "HAS_UP": has_up, "MAGNITUDE": magnitude, "BLOCK": BLOCK}
+    def build(activation: str, has_up: bool, magnitude: bool = False, shifted: bool = False) -> Build:
+        constants = {
+            "ACTIVATION": activation, "HAS_UP": has_up, "MAGNITUDE": magnitude, "HAS_SHIFT": shifted, "BLOCK": BLOCK,
+        }  # fmt: skip
         label = f"glu {' '.join(str(value) for value in constants.values())}"
-        return Build(label, _glu_kernel, arguments, constants, NUM_WARPS, multiples_of_16=("size",), wide_share=1.0)
+        return Build(
+            label,
+            _glu_kernel,
+            arguments,
+            constants,
+            NUM_WARPS,
+            multiples_of_16=("size", "neurons"),
+            wide_share=0.5 if shifted else 1.0,
+        )
 
     pairs = [build(activation, has_up) for activation in ACTIVATIONS for has_up in (True, False)]
-    return [*pairs, build("silu", False, magnitude=True)]
+    return [*pairs, build("silu", False, magnitude=True), build("silu", False, magnitude=True, shifted=True)]

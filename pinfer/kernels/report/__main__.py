@@ -33,10 +33,18 @@ def main(arguments: list[str] | None = None) -> int:
         old = None if options.diff is None else json.loads(options.diff.read_text())["rows"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return _refuse(f"--diff {options.diff} is not a report.json: {error}")
-    report = _report(options.ops, options.targets, options.workers)
-    print(text_table(report["rows"]))
     complete = len(options.targets) == len(TARGET_NAMES) and len(options.ops) == len(ops.OPS)
     folder = options.output or (DEFAULT_FOLDER if complete else None)
+    if options.workers < 0:
+        return _refuse(f"--workers {options.workers} must be 1 or more, or 0 for the number of cores")
+    if folder is not None:
+        try:  # before minutes of compiling, not after
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "report.json").open("a").close()
+        except OSError as error:
+            return _refuse(f"{folder} cannot be written: {error.strerror}")
+    report = _report(options.ops, options.targets, options.workers)
+    print(text_table(report["rows"]))
     if folder is not None:
         _write(folder / "report.json", _as_json(report))
         _write(folder / "report.md", markdown(report))

@@ -37,7 +37,7 @@ OP = Op(
     name="sign_select",
     reference=reference,
     triton="pinfer.kernels.sign_select.gpu:sign_select",
-    cpu=None,
+    cpu="pinfer.kernels.sign_select.cpu:sign_select",
     make_inputs=_make_inputs,
     cases=(
         {"tokens": 1, "neurons": 431, "width": 123, "density": 0.1},

@@ -24,6 +24,7 @@ def _make_inputs(
     gated: bool = True,
     masked: bool = False,
     with_gate_values: bool = False,
+    shifted: bool = False,
     up_type: str | None = None,
     down_type: str | None = None,
     int8: bool = False,
@@ -44,6 +45,7 @@ def _make_inputs(
         "activation": activation,
         "mask": scores > threshold if masked else None,
         "gate_values": cases.random_floats(generator, tokens, neurons) if with_gate_values else None,
+        "shift": 0.3 * cases.random_floats(generator, neurons) if shifted else None,
         "int8": int8,
     }
 
@@ -89,6 +91,12 @@ OP = Op(
          "activation": "relu"},
         {"type": "Q4_0", "tokens": 19, "neurons": 41, "width": 64, "density": 0.2, "masked": True, "int8": True},
         {"type": "F32", "width": 123, "activation": "drelu", "with_gate_values": True, **_SMALL},
+        {"type": "F32", "width": 123, "activation": "relu", "shifted": True, **_SMALL},
+        *(
+            {"type": "Q8_0", "tokens": tokens, "neurons": 41, "width": 64, "density": 0.2, "masked": tokens > 1,
+             "with_gate_values": tokens != 3, "shifted": True, "int8": tokens == 19}
+            for tokens in (1, 3, 19)
+        ),
         {"type": "F32", "width": 31, "activation": "drelu", "gated": False, **_SMALL},
         {"type": "Q4_K", "width": 256, "activation": "drelu", "int8": True, "down_type": "Q8_0", **_SMALL},
         *(
@@ -102,6 +110,7 @@ OP = Op(
          "down_type": "Q8_0"},
         *({"type": "Q4_K", "up_type": "Q5_0", "tokens": tokens, "neurons": 40, "width": 256, "density": 0.4}
           for tokens in (1, 3)),
+        {"type": "Q8_0", "tokens": 0, "neurons": 23, "width": 64, "density": 0.4, "masked": True},
         {"type": "Q6_K", "tokens": 4, "neurons": 90, "width": 256, "density": 1.0, "down_type": "F16"},
         {"type": "BF16", "tokens": 7, "neurons": 23, "width": 64, "density": 0.0, "masked": True},
         {"type": "F16", "tokens": 3, "neurons": 40, "width": 31, "density": 0.3, "gated": False, "activation": "relu"},

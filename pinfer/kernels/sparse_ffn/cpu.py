@@ -10,7 +10,7 @@ from pinfer.kernels.cpp.binding import ACTIVATION_CODES, floats, matrix, pointer
 from pinfer.kernels.dequantize.cpu import dequantize
 from pinfer.kernels.quant_matmul.cpu import GEMM_CHUNK_WEIGHTS, quant_matmul
 from pinfer.kernels.select_active.reference import Active
-from pinfer.kernels.sparse_ffn.reference import check_inputs
+from pinfer.kernels.sparse_ffn.reference import check_inputs, check_list
 from pinfer.quant import QuantTensor
 
 MANY_TOKENS = 16  # kernels.cpp keeps this many tokens of four rows
@@ -26,36 +26,27 @@ def sparse_ffn(
     activation: str,
     mask: torch.Tensor | None = None,
     gate_values: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
     int8: bool = False,
 ) -> torch.Tensor:
-    check_inputs(x, gate, up, down, active, activation, mask, gate_values)
+    check_inputs(x, gate, up, down, active, activation, mask, gate_values, shift)
     x = floats(x)
-    gate_values = None if gate_values is None else floats(gate_values)
+    gate_values, shift = (None if one is None else floats(one) for one in (gate_values, shift))
     if x.shape[0] > MANY_TOKENS:
-        return _through_gemm(x, gate, up, down, active, activation, mask, gate_values, int8)
-    _check_list(active, gate.rows)
+        return _through_gemm(x, gate, up, down, active, activation, mask, gate_values, shift, int8)
+    check_list(active, gate.rows)
     tokens = x.shape[0]
     out, hidden = torch.empty(tokens, down.columns), torch.empty(gate.rows, tokens)
     bytes_mask = None if mask is None else binding.contiguous(mask).view(torch.uint8)
     memory = binding.scratch(tokens, gate.columns, copies=2) if int8 else None
     arguments = binding.SparseFFN(
         matrix(gate), matrix(up), matrix(down), pointer(x), tokens, pointer(active.indices), pointer(active.count),
-        pointer(bytes_mask), pointer(gate_values), ACTIVATION_CODES[activation], int8, pointer(out), pointer(hidden),
+        pointer(bytes_mask), pointer(gate_values), pointer(shift), ACTIVATION_CODES[activation], int8, pointer(out), pointer(hidden),
         None if memory is None else binding.aligned(memory),
     )  # fmt: skip
-    kept = (gate.blocks, None if up is None else up.blocks, down.blocks, x, active, bytes_mask, gate_values)
+    kept = (gate.blocks, None if up is None else up.blocks, down.blocks, x, active, bytes_mask, gate_values, shift)
     binding.run(arguments, 3 * int(active.count) * x.numel(), *kept, out, hidden, memory)
     return out
-
-
-def _check_list(active: Active, neurons: int) -> None:
-    """ValueError for a list that names what is not there: the core would read past the weights."""
-    count = int(active.count)
-    if not 0 <= count <= neurons:
-        raise ValueError(f"the active list counts {count} neurons, expected 0 to {neurons}")
-    listed = active.indices[:count]
-    if count and not (int(listed.min()) >= 0 and int(listed.max()) < neurons):
-        raise ValueError(f"the active list names neurons {int(listed.min())} to {int(listed.max())} of {neurons}")
 
 
 def _through_gemm(
@@ -67,13 +58,15 @@ def _through_gemm(
     activation: str,
     mask: torch.Tensor | None,
     gate_values: torch.Tensor | None,
+    shift: torch.Tensor | None,
     int8: bool,
 ) -> torch.Tensor:
     """The same sum in runs of neurons, each unpacked once; the union of many tokens is nearly all of them."""
     out = torch.zeros(x.shape[0], down.columns)
     for listed in active.indices[: int(active.count)].long().split(max(1, GEMM_CHUNK_WEIGHTS // down.columns)):
         pre = quant_matmul(x, gate[listed], int8=int8) if gate_values is None else gate_values[:, listed]
-        hidden = hidden_of(activation, pre, None if up is None else quant_matmul(x, up[listed], int8=int8))
+        up_values = None if up is None else quant_matmul(x, up[listed], int8=int8)
+        hidden = hidden_of(activation, pre, up_values, None if shift is None else shift[listed])
         if mask is not None:
             hidden = torch.where(mask[:, listed], hidden, 0.0)
         out += hidden @ dequantize(down[listed])

@@ -10,6 +10,7 @@ import torch
 
 from pinfer.kernels.activation import check_activation, hidden_of
 from pinfer.kernels.dequantize.reference import dequantize
+from pinfer.kernels.glu.reference import check_shift
 from pinfer.kernels.rounding import rounded_for
 from pinfer.kernels.select_active.reference import Active
 from pinfer.quant import QuantTensor
@@ -25,6 +26,7 @@ def sparse_ffn(
     activation: str,
     mask: torch.Tensor | None = None,
     gate_values: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
     int8: bool = False,
 ) -> torch.Tensor:
     """Compute the listed neurons of an FFN.
@@ -33,20 +35,23 @@ def sparse_ffn(
     gate, up:    QuantTensor [N, D], row i being neuron i. An ungated FFN passes its up matrix as
                  `gate` and None as `up`: y = Σ act(g_i · x) · d_i.
     down:        QuantTensor [N, D], transposed from the file so that row i is neuron i's output.
-    active:      the union over tokens of the neurons to compute.
+    active:      Active, the union over tokens of the neurons to compute: of `select_active`, or of
+                 `select_active.reference.listed(flags)`. Its numbers are not checked on a GPU.
     mask:        bool [T, N] or None: which of them each token uses.
     gate_values: float32 [T, N] or None: g_i · x where the predictor has it; gate rows stay unread.
+    shift:       float32 [N] or None: taken off act(g_i · x).
     int8:        round x in blocks before the products with gate and up (see `rounding`).
 
     Returns float32 [T, D].
     """
-    check_inputs(x, gate, up, down, active, activation, mask, gate_values)
+    check_inputs(x, gate, up, down, active, activation, mask, gate_values, shift)
+    check_list(active, gate.rows)
     listed = active.indices[: int(active.count)].long()
     x = x.float()
     seen_by = (lambda weight: rounded_for(x, weight)) if int8 else (lambda weight: x)
     pre = seen_by(gate) @ dequantize(gate[listed]).T if gate_values is None else gate_values[:, listed]
     up_values = None if up is None else seen_by(up) @ dequantize(up[listed]).T
-    hidden = hidden_of(activation, pre, up_values)  # [T, K]
+    hidden = hidden_of(activation, pre, up_values, None if shift is None else shift[listed])  # [T, K]
     if mask is not None:
         hidden = torch.where(mask[:, listed], hidden, 0.0)
     return hidden @ dequantize(down[listed])
@@ -61,9 +66,12 @@ def check_inputs(
     activation: str,
     mask: torch.Tensor | None,
     gate_values: torch.Tensor | None,
+    shift: torch.Tensor | None,
 ) -> None:
     """ValueError for shapes or types that do not belong together; every implementation calls it."""
     check_activation(activation)
+    if not isinstance(active, Active):
+        raise ValueError(f"active is a {type(active).__name__}, expected an Active, such as listed(flags) makes")
     if x.dim() != 2 or x.shape[1] != gate.columns:
         raise ValueError(f"x is {list(x.shape)}, expected [T, {gate.columns}]")
     for name, weight in (("up", up), ("down", down)):
@@ -73,7 +81,21 @@ def check_inputs(
     for name, values, dtype in (("mask", mask, torch.bool), ("gate_values", gate_values, torch.float32)):
         if values is not None and (list(values.shape) != per_token or values.dtype != dtype):
             raise ValueError(f"{name} is {values.dtype} {list(values.shape)}, expected {dtype} {per_token}")
+    check_shift(shift, gate.rows)
     if active.indices.dtype != torch.int32 or not active.indices.is_contiguous() or active.count.dtype != torch.int32:
         raise ValueError("the active list must be contiguous int32 indices with an int32 count")
     if active.indices.numel() != gate.rows:
         raise ValueError(f"the active list is made for {active.indices.numel()} neurons, expected gate's {gate.rows}")
+
+
+def check_list(active: Active, neurons: int) -> None:
+    """ValueError for a list that names what is not there: a kernel would read past the weights.
+
+    It waits for the count, so on a GPU, where nothing waits, such a list is the caller's fault.
+    """
+    count = int(active.count)
+    if not 0 <= count <= neurons:
+        raise ValueError(f"the active list counts {count} neurons, expected 0 to {neurons}")
+    listed = active.indices[:count]
+    if count and not (int(listed.min()) >= 0 and int(listed.max()) < neurons):
+        raise ValueError(f"the active list names neurons {int(listed.min())} to {int(listed.max())} of {neurons}")

@@ -21,6 +21,7 @@ def _make_inputs(
     threshold: float = 0.1,
     per_neuron: bool = False,
     magnitude_of: str | None = None,
+    shifted: bool = False,
     int8: bool = False,
 ) -> dict[str, Any]:
     device = generator.device
@@ -30,6 +31,7 @@ def _make_inputs(
         "weight": cases.random_blocks(generator, BY_NAME[type], rows, columns),
         "threshold": threshold * spread,
         "magnitude_of": magnitude_of,
+        "shift": 0.1 * cases.random_floats(generator, rows) if shifted else None,
         "int8": int8,
     }
 
@@ -53,6 +55,18 @@ OP = Op(
         {"type": "Q4_0", "tokens": 1, "rows": 33, "columns": 96, "threshold": -1e9},
         {"type": "Q4_K", "tokens": 1, "rows": 33, "columns": 256, "magnitude_of": "relu", "int8": True},
         {"type": "F16", "tokens": 1, "rows": 37, "columns": 96, "magnitude_of": "drelu"},
+        *(
+            {
+                "type": "Q4_K",
+                "tokens": tokens,
+                "rows": 37,
+                "columns": 256,
+                "magnitude_of": "silu",
+                "per_neuron": True,
+                "shifted": True,
+            }
+            for tokens in (1, 4)
+        ),
         {"type": "Q8_0", "tokens": 2, "rows": 37, "columns": 96, "magnitude_of": "drelu", "int8": True},
     ),
     bench_cases=(

@@ -18,10 +18,11 @@ def threshold_matmul(
     threshold: torch.Tensor,
     *,
     magnitude_of: str | None = None,
+    shift: torch.Tensor | None = None,
     int8: bool = False,
 ) -> Thresholded:
-    check_inputs(x, weight, threshold)
+    check_inputs(x, weight, threshold, magnitude_of, shift)
     values = quant_matmul(x, weight, int8=int8)
-    scores = values if magnitude_of is None else glu(values, activation=magnitude_of, magnitude=True)
+    scores = values if magnitude_of is None else glu(values, activation=magnitude_of, magnitude=True, shift=shift)
     mask = None if x.shape[0] == 1 else passes(scores, threshold)
     return Thresholded(select_active(scores, threshold), mask, values)

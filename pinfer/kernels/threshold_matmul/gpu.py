@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from pinfer.kernels.activation import ACTIVATIONS
 from pinfer.kernels.aot import BYTES, FLOATS, INTS, Build
 from pinfer.kernels.glu.gpu import activate, glu
 from pinfer.kernels.planes import repack
@@ -25,9 +24,9 @@ TILE = 32  # rows a program: 344 programs for 7B's 11,008 neurons, 896 for 70B's
 
 @triton.jit
 def _threshold_matmul_kernel(
-    x_ptr, weight_ptr, row_stride, threshold_ptr, values_ptr, flags_ptr, tile_counts_ptr, rows,
+    x_ptr, weight_ptr, row_stride, threshold_ptr, shift_ptr, values_ptr, flags_ptr, tile_counts_ptr, rows,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, TYPE: tl.constexpr, MAGNITUDE_OF: tl.constexpr,
-    PER_NEURON: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, BLOCK_G: tl.constexpr,
+    PER_NEURON: tl.constexpr, HAS_SHIFT: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     g = tl.arange(0, BLOCK_G)
     x = load_x(x_ptr, g, WIDTH, GROUPS, TYPE)
@@ -42,7 +41,10 @@ def _threshold_matmul_kernel(
         value = dots(raw, x, x_sums, TYPE)  # [ROWS]
         score = value
         if MAGNITUDE_OF != "":
-            score = tl.abs(activate(value, MAGNITUDE_OF))
+            score = activate(value, MAGNITUDE_OF)
+            if HAS_SHIFT:
+                score -= tl.load(shift_ptr + row, mask=wanted, other=0.0)
+            score = tl.abs(score)
         threshold = load_threshold(threshold_ptr, row, end, PER_NEURON)
         active = tl.where(score <= threshold, 0, tl.where(wanted, 1, 0))  # NaN is active
         tl.store(values_ptr + row, value, mask=wanted)
@@ -57,16 +59,15 @@ def threshold_matmul(
     threshold: torch.Tensor,
     *,
     magnitude_of: str | None = None,
+    shift: torch.Tensor | None = None,
     int8: bool = False,
 ) -> Thresholded:
     """As the reference. Weights in blocks are repacked at every call: `repack` them once."""
-    check_inputs(x, weight, threshold)
-    if magnitude_of is not None and magnitude_of not in ACTIVATIONS:
-        raise ValueError(f"activation {magnitude_of!r} is none of {', '.join(ACTIVATIONS)}")
+    check_inputs(x, weight, threshold, magnitude_of, shift)
     weight = repack(weight)
     if x.shape[0] != 1:
         values = quant_matmul(x, weight, int8=int8)
-        scores = values if magnitude_of is None else glu(values, activation=magnitude_of, magnitude=True)
+        scores = values if magnitude_of is None else glu(values, activation=magnitude_of, magnitude=True, shift=shift)
         return Thresholded(*select_with_mask(scores, threshold), values)
     x = (rounded_for(x.float(), weight) if int8 else x).contiguous()
     groups, tiles = groups_of(weight), triton.cdiv(weight.rows, TILE)
@@ -76,9 +77,10 @@ def threshold_matmul(
     flags = torch.empty(weight.rows, dtype=torch.uint8, device=x.device)
     tile_counts = torch.empty(tiles, dtype=torch.int32, device=x.device)
     _threshold_matmul_kernel[(tiles,)](
-        x, weight.blocks, weight.blocks.stride(0), threshold.contiguous(), values, flags, tile_counts, weight.rows,
+        x, weight.blocks, weight.blocks.stride(0), threshold.contiguous(),
+        threshold if shift is None else shift.contiguous(), values, flags, tile_counts, weight.rows,
         WIDTH=weight.columns, GROUPS=groups, TYPE=weight.type.name, MAGNITUDE_OF=magnitude_of or "",
-        PER_NEURON=threshold.numel() > 1, TILE=TILE, ROWS=rows, BLOCK_G=block_g,
+        PER_NEURON=threshold.numel() > 1, HAS_SHIFT=shift is not None, TILE=TILE, ROWS=rows, BLOCK_G=block_g,
         num_warps=warps_here(num_warps), num_stages=1,
     )  # fmt: skip
     return Thresholded(compact(flags, tile_counts, TILE), None, values)
@@ -90,19 +92,23 @@ def builds() -> list[Build]:
         *(_build(name, 4096, "silu") for name in BY_NAME),
         *(_build(name, rank, "") for name in ("Q8_0", "Q4_0") for rank in (128, 1024)),
         _build("Q4_K", 8192, "gelu_tanh"),
+        _build("Q4_K", 4096, "silu", shifted=True),
     ]
 
 
-def _build(name: str, columns: int, magnitude_of: str) -> Build:
+def _build(name: str, columns: int, magnitude_of: str, shifted: bool = False) -> Build:
     arguments = {
-        **dict.fromkeys(("x_ptr", "threshold_ptr", "values_ptr"), FLOATS), "tile_counts_ptr": INTS,
+        **dict.fromkeys(("x_ptr", "threshold_ptr", "shift_ptr", "values_ptr"), FLOATS), "tile_counts_ptr": INTS,
         **dict.fromkeys(("weight_ptr", "flags_ptr"), BYTES), "row_stride": "i64", "rows": "i32",
     }  # fmt: skip
     block_g = triton.next_power_of_2(-(-columns // 32))
     rows, num_warps = rows_and_warps(block_g)
     constants = {
         "WIDTH": columns, "GROUPS": -(-columns // 32), "TYPE": name, "MAGNITUDE_OF": magnitude_of,
-        "PER_NEURON": not magnitude_of, "TILE": TILE, "ROWS": rows, "BLOCK_G": block_g,
+        "PER_NEURON": not magnitude_of or shifted, "HAS_SHIFT": shifted, "TILE": TILE, "ROWS": rows, "BLOCK_G": block_g,
     }  # fmt: skip
-    strides, label = ("row_stride", "rows"), f"threshold_matmul {name} columns={columns} {magnitude_of}"
+    strides, label = (
+        ("row_stride", "rows"),
+        f"threshold_matmul {name} columns={columns} {magnitude_of}{' shifted' if shifted else ''}",
+    )
     return build_over_rows(label, _threshold_matmul_kernel, arguments, constants, num_warps, name, strides=strides)

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from pinfer.kernels.activation import activate
+from pinfer.kernels.activation import check_activation, hidden_of
+from pinfer.kernels.glu.reference import check_shift
 from pinfer.kernels.quant_matmul.reference import check_inputs as check_product
 from pinfer.kernels.quant_matmul.reference import quant_matmul
 from pinfer.kernels.select_active.reference import Active, passes, select_active
@@ -31,6 +32,7 @@ def threshold_matmul(
     threshold: torch.Tensor,
     *,
     magnitude_of: str | None = None,
+    shift: torch.Tensor | None = None,
     int8: bool = False,
 ) -> Thresholded:
     """Multiply tokens by a quantised matrix and list the rows whose score passes a threshold.
@@ -38,19 +40,31 @@ def threshold_matmul(
     x:            float [T, columns]; weight: QuantTensor [N, columns].
     threshold:    float32 [1] or [N]; a score must exceed it, a NaN score always does.
     magnitude_of: the activation whose size |act(w_i · x)| is the score; None scores w_i · x itself.
+    shift:        float32 [N] or None: what the activation is compared with, |act(w_i · x) - shift_i|.
     int8:         round x in blocks before the product (see `rounding`).
 
     Raises ValueError for shapes that do not belong together.
     """
-    check_inputs(x, weight, threshold)
+    check_inputs(x, weight, threshold, magnitude_of, shift)
     values = quant_matmul(x, weight, int8=int8)
-    scores = values if magnitude_of is None else activate(magnitude_of, values).abs()
+    scores = values if magnitude_of is None else hidden_of(magnitude_of, values, None, shift).abs()
     mask = None if x.shape[0] == 1 else passes(scores, threshold)
     return Thresholded(select_active(scores, threshold), mask, values)
 
 
-def check_inputs(x: torch.Tensor, weight: QuantTensor, threshold: torch.Tensor) -> None:
+def check_inputs(
+    x: torch.Tensor,
+    weight: QuantTensor,
+    threshold: torch.Tensor,
+    magnitude_of: str | None,
+    shift: torch.Tensor | None,
+) -> None:
     """ValueError unless the shapes belong together; every implementation calls it."""
     check_product(x, weight)
     if threshold.dim() != 1 or threshold.numel() not in (1, weight.rows):
         raise ValueError(f"threshold is {list(threshold.shape)}, expected [1] or [{weight.rows}] for {weight!r}")
+    if magnitude_of is not None:
+        check_activation(magnitude_of)
+    elif shift is not None:
+        raise ValueError("a shift is of an activation: name it in magnitude_of")
+    check_shift(shift, weight.rows)

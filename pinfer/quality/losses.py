@@ -1,9 +1,9 @@
-"""Quality of a model on a text: perplexity, and distance from the same checkpoint run dense."""
+"""Perplexity, and how certain a mean over windows is."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,41 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nll)
+        """exp(nll); inf where that has no float."""
+        try:
+            return math.exp(self.nll)
+        except OverflowError:
+            return math.inf
+
+    @property
+    def perplexity_standard_error(self) -> float:
+        """To first order: d exp(nll) = exp(nll) · d nll."""
+        return self.perplexity * self.standard_error
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over all tokens, and its standard error over windows (NaN for a single window)."""
+
+    value: float
+    standard_error: float
+
+
+def over_windows(values: Sequence[torch.Tensor]) -> Estimate:
+    """The mean of per-token values, one float [S] a window, S differing between windows.
+
+    Tokens of a window are not independent, windows nearly are: with sums s_w over n_w tokens of W
+    windows, mean m = Σ s_w / Σ n_w and standard error √(W / (W - 1) · Σ (s_w - m · n_w)²) / Σ n_w (the
+    ratio estimator; for equal windows the deviation of their means over √W). For two runs over the
+    same windows, pass differences: what makes a text hard then cancels.
+    """
+    sums = torch.stack([value.double().sum() for value in values])
+    counts = torch.tensor([value.numel() for value in values], dtype=torch.float64)
+    mean = sums.sum() / counts.sum()
+    if len(values) == 1:
+        return Estimate(float(mean), math.nan)
+    spread = (sums - mean * counts).square().sum() * len(values) / (len(values) - 1)
+    return Estimate(float(mean), float(spread.sqrt() / counts.sum()))
 
 
 def windows(tokens: list[int], length: int, bos: int | None) -> Iterator[torch.Tensor]:
@@ -52,26 +86,3 @@ def perplexity(model: Transformer, pieces: list[torch.Tensor]) -> Perplexity:
     flat = torch.cat(losses).double()
     error = float(means.std() / math.sqrt(len(means))) if len(means) > 1 else math.nan
     return Perplexity(float(flat.mean()), error, flat.numel())
-
-
-@dataclass(frozen=True)
-class Distance:
-    """How far one set of logits is from a reference set over the same tokens.
-
-    agreement: share of positions with the same argmax; kl: mean KL(reference ‖ other) in nats;
-    max_logit_error: largest absolute difference of any logit.
-    """
-
-    agreement: float
-    kl: float
-    max_logit_error: float
-
-
-def logit_distance(reference: torch.Tensor, other: torch.Tensor) -> Distance:
-    """Compare logits float32 [T, V] with a reference of the same shape."""
-    kl = F.kl_div(other.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="batchmean")
-    return Distance(
-        agreement=float((reference.argmax(-1) == other.argmax(-1)).float().mean()),
-        kl=float(kl),
-        max_logit_error=float((reference - other).abs().max()),
-    )

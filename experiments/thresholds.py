@@ -1,0 +1,146 @@
+"""Perplexity of any GGUF under the methods that need no training, against the same model dense.
+
+    python -m experiments.thresholds --model gemma.gguf
+
+Thresholds are calibrated on pinfer's own calibration text, the loss is measured on another text.
+Prints a markdown table and writes every figure to experiments/results/thresholds/<model>.json,
+after each row, so that a run that was cut off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from itertools import product
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from experiments.environment import environment
+from experiments.files import write_json
+from pinfer import sparsify
+from pinfer.config import Method, RunConfig
+from pinfer.engine import Engine, load_engine
+from pinfer.ffn import SparseFFN
+from pinfer.quality import Perplexity, perplexity, windows
+
+HERE = Path(__file__).parent
+METHODS: tuple[Method, ...] = ("gate_threshold", "weighted_threshold", "shift_threshold")
+SPARSITIES = (0.3, 0.5, 0.7)
+DENSE: tuple[Method, None] = ("dense", None)
+
+
+def measure(run: RunConfig, text: str, length: int, count: int) -> dict[str, Any]:
+    """One row of the table: the model under `run` over `count` windows of `length` tokens spread over the text."""
+    engine = load_engine(run)
+    pieces = spread_windows(engine, text, length, count)
+    sparsify.reset_activity(engine.model)
+    with engine.computing():
+        results: list[Perplexity] = [perplexity(engine.model, [piece]) for piece in pieces]
+    return {
+        "method": engine.method,
+        "nominal_sparsity": run.sparsity,
+        "nll_by_window": [result.nll for result in results],
+        "nll": fmean(result.nll for result in results),
+        "tokens": sum(result.tokens for result in results),
+        "density": sparsify.density(engine.model),
+        "density_by_layer": [round(layer.density, 4) for layer in sparsify.layer_densities(engine.model)],
+        "bytes_share": bytes_share(engine),
+    }
+
+
+def bytes_share(engine: Engine) -> float:
+    """FFN bytes that a token reads, predictor included, over those of all three matrices as the sparse path stores them.
+
+    Counts whole gates for the methods that compute the gate, and the rows of up and down that are kept.
+    """
+    dense = read = 0.0
+    densities = sparsify.layer_densities(engine.model)
+    for layer, ffn in enumerate(engine.model.ffns()):
+        parts = [module for module in ffn.modules() if isinstance(module, SparseFFN)]
+        if not parts:
+            return 1.0
+        for part in parts:
+            kept = densities[layer].density * (part.weights.down.nbytes + part.weights.up.nbytes)
+            read += part.weights.gate.nbytes + kept + part.predictor.own_bytes
+            dense += part.weights.gate.nbytes + part.weights.up.nbytes + part.weights.down.nbytes
+    return read / dense
+
+
+def spread_windows(engine: Engine, text: str, length: int, count: int) -> list[Any]:
+    tokenizer = engine.tokenizer
+    bos = tokenizer.bos_id if tokenizer.add_bos else None
+    pieces = [piece for piece in windows(tokenizer.encode(text, add_bos=False), length, bos) if len(piece) == length]
+    if count > len(pieces):
+        raise ValueError(f"the text fills {len(pieces)} windows of {length} tokens, not {count}")
+    return [pieces[i * len(pieces) // count] for i in range(count)]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: method, sparsity reached, FFN bytes read, perplexity, and nats added to the dense model."""
+    dense, *others = rows
+    lines = [
+        "| method | sparsity asked | reached | FFN bytes read | perplexity | added nats |",
+        "|---|---|---|---|---|---|",
+        f"| dense | – | 0 % | 100 % | {math.exp(dense['nll']):.2f} | – |",
+    ]
+    for row in others:
+        added = [own - its for own, its in zip(row["nll_by_window"], dense["nll_by_window"], strict=True)]
+        error = stdev(added) / math.sqrt(len(added)) if len(added) > 1 else math.nan
+        lines.append(
+            f"| {row['method']} | {100 * row['nominal_sparsity']:.0f} % | {100 * (1 - row['density']):.1f} % "
+            f"| {100 * row['bytes_share']:.0f} % | {math.exp(row['nll']):.2f} | {fmean(added):+.3f} ± {error:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m experiments.thresholds", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="GGUF file")
+    parser.add_argument("--text", type=Path, default=HERE / "data" / "heldout.txt", help="UTF-8 text to evaluate")
+    parser.add_argument("--window", type=int, default=512, help="tokens a window, BOS included")
+    parser.add_argument("--windows", type=int, default=12, help="windows, spread over the text")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "thresholds", help="folder for the JSON")
+    parser.add_argument("--again", action="store_true", help="measure what is on record as well")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    path = args.output / f"{Path(args.model).stem}.json"
+    settings = {
+        "model": Path(args.model).name, "text": args.text.name, "window": args.window, "windows": args.windows,
+    }  # fmt: skip
+    try:
+        text = args.text.read_text(encoding="utf-8")
+        known = {} if args.again else measured(path, settings)
+        rows = []
+        for method, sparsity in (DENSE, *product(METHODS, SPARSITIES)):
+            run = RunConfig(
+                model=args.model, method=method, sparsity=sparsity, context=max(args.window, 1024), precision="float32"
+            )
+            row = known.get((method, sparsity)) or measure(run, text, args.window, args.windows)
+            rows.append(row)
+            print(f"{method} {sparsity}: {math.exp(row['nll']):.3f}", file=sys.stderr)
+            write_json(path, settings | {"environment": environment(), "rows": rows})
+    except (ValueError, OSError) as error:
+        print(f"thresholds: {error}", file=sys.stderr)
+        return 2
+    print(table(rows))
+    return 0
+
+
+def measured(path: Path, settings: dict[str, Any]) -> dict[tuple[str, float | None], dict[str, Any]]:
+    """The rows of an earlier run under the same settings, by method and sparsity."""
+    if not path.exists():
+        return {}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if any(record.get(name) != value for name, value in settings.items()):
+        return {}
+    return {(row["method"], row["nominal_sparsity"]): row for row in record["rows"] if "bytes_share" in row}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""pinfer eval: what a sparse run loses against the same model dense, on a text that neither has seen."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from pinfer.benchmark.environment import environment
+from pinfer.cli import options
+from pinfer.cli.console import emit_json, note, read_prompt
+from pinfer.cli.evaluate_table import print_summary
+from pinfer.cli.generate import (
+    ActivationOption,
+    BackendOption,
+    ColdFraction,
+    MethodOption,
+    PrecisionOption,
+    PredictorRank,
+    Recall,
+    Sparsity,
+    Threads,
+)
+from pinfer.config import RunConfig
+from pinfer.engine import Engine, load_engine
+from pinfer.engine.generate import peak_rss_bytes
+from pinfer.engine.load import EVALUATION_TEXT
+from pinfer.engine.mapped import fingerprint
+from pinfer.formats.gguf import GGUFFile
+from pinfer.quality import (
+    Window,
+    WindowScores,
+    check_writable,
+    evaluate,
+    figures,
+    records,
+    sliding_windows,
+    spread,
+    summarise,
+    truly_active,
+    write_records,
+)
+from pinfer.sparsify import resolve_method
+
+Text = Annotated[
+    str | None,
+    typer.Option("-f", "--text", "--file", help="UTF-8 text, - is standard input; the shipped one if left out."),
+]
+WindowLength = Annotated[int, typer.Option("--window", help="Tokens that the model reads at once.")]
+Stride = Annotated[
+    int | None, typer.Option("--stride", help="Tokens that a window scores, those before are context; all if left out.")
+]
+WindowCount = Annotated[
+    int | None, typer.Option("--windows", help="Windows to take, evenly from all over the text; all if left out.")
+]
+Output = Annotated[
+    str | None, typer.Option("-o", "--output", help="Write every figure there, by layer and window, as JSON Lines.")
+]
+
+PROGRESS_S = 5.0  # between two remarks on the time left
+NOT_OF_AN_EVALUATION = ("model", "method", "context", "sampling", "record")  # named elsewhere, or without effect
+
+
+@dataclasses.dataclass(frozen=True)
+class _Text:
+    """What is evaluated on: a name for it, the SHA-256 of its bytes, and its windows."""
+
+    name: str
+    sha256: str
+    n_tokens: int
+    windows: list[Window]
+
+
+def evaluate_command(
+    model: options.Model = None,
+    text: Text = None,
+    window: WindowLength = 512,
+    stride: Stride = None,
+    windows: WindowCount = None,
+    method: MethodOption = "auto",
+    sparsity: Sparsity = None,
+    predictor_rank: PredictorRank = 128,
+    recall: Recall = 0.99,
+    cold_fraction: ColdFraction = 0.0,
+    activation: ActivationOption = None,
+    threads: Threads = None,
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = "auto",
+    output: Output = None,
+    json: options.Json = False,
+) -> None:
+    """Measure perplexity, distance from dense, and what the predictor catches, on a text."""
+    run = RunConfig(
+        model=model,
+        activation=activation,
+        threads=threads,
+        backend=backend,
+        precision=precision,
+        method=method,
+        sparsity=sparsity,
+        cold_fraction=cold_fraction,
+        predictor_rank=predictor_rank,
+        recall=recall,
+    )
+    stride = window if stride is None else stride
+    if output is not None:
+        check_writable(Path(output))
+    content = read_prompt(None, str(EVALUATION_TEXT) if text is None else text)
+    assert content is not None  # a file was named
+    dense = load_engine(dataclasses.replace(run, method="dense", sparsity=None, cold_fraction=0.0), note)
+    run = dataclasses.replace(run, method=resolve_method(method, dense.config.activation, sparsity))
+    passage = _passage(dense, text, content, (window, stride, windows))
+    started = time.perf_counter()
+    # `load_engine` refuses a cold fraction of a dense run.
+    sparse = load_engine(run, note) if run.method != "dense" or run.cold_fraction else None
+    for remark in (sparse or dense).notes:
+        note(remark)
+    with dense.computing():
+        scores = list(_with_progress(dense, sparse, passage.windows))
+    summary = summarise(scores)
+    about = _about(run, dense, passage) | {"window_tokens": window, "stride_tokens": stride}
+    if output is not None:
+        write_records(Path(output), about | {"environment": environment()}, records(summary, scores))
+    if json:
+        spent = {"elapsed_s": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
+        emit_json(about | figures(summary) | spent)
+    else:
+        print_summary(summary, about)
+
+
+def _passage(engine: Engine, name: str | None, content: str, sizes: tuple[int, int, int | None]) -> _Text:
+    """The windows of a text. sizes: window, stride and how many; ValueError for sizes that it or the model cannot take."""
+    window, stride, count = sizes
+    limit = engine.config.context_length
+    if window > limit:
+        raise ValueError(f"--window {window} does not fit the model's context of {limit}")
+    tokenizer = engine.tokenizer
+    ids = tokenizer.encode(content, add_bos=False)
+    found = sliding_windows(ids, window, stride, tokenizer.bos_id if tokenizer.add_bos else None)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    return _Text(EVALUATION_TEXT.name if name is None else name, digest, len(ids), spread(found, count))
+
+
+def _with_progress(dense: Engine, sparse: Engine | None, windows: list[Window]) -> Iterator[WindowScores]:
+    """`evaluate`, with a remark on the time left every PROGRESS_S."""
+    started = told = time.perf_counter()
+    for done, scores in enumerate(evaluate(dense.model, windows, None if sparse is None else sparse.model), 1):
+        yield scores
+        now = time.perf_counter()
+        if done < len(windows) and (done == 1 or now - told > PROGRESS_S):
+            told, left_s = now, round((now - started) / done * (len(windows) - done))
+            note(f"window {done} of {len(windows)}, {left_s // 60}:{left_s % 60:02d} left")
+
+
+def _about(run: RunConfig, engine: Engine, passage: _Text) -> dict[str, Any]:
+    """What the figures are figures of."""
+    config = {key: value for key, value in dataclasses.asdict(run).items() if key not in NOT_OF_AN_EVALUATION}
+    return {
+        "command": "eval",
+        "model": engine.path.name if run.model is None else run.model,
+        "model_fingerprint": fingerprint(GGUFFile.open(engine.path)),
+        "method": run.method,
+        "config": config | {"threads": torch.get_num_threads(), "int8": engine.int8},
+        "text": passage.name,
+        "text_sha256": passage.sha256,
+        "text_tokens": passage.n_tokens,
+        "activation": engine.config.activation,
+        "truly_active": None if run.method == "dense" else truly_active(engine.config.activation),
+    }

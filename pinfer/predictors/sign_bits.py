@@ -1,0 +1,69 @@
+"""sign_bits (SparseInfer, Shin et al. 2024): guesses a ReLU's outcome from the signs of weights and inputs.
+
+A product g_i · x with many more positive than negative terms is likely positive. One bit a weight is
+kept, 1/32 of what the gate has in float32, and counted by xor and popcount. Nothing is trained: one
+threshold a layer is set so that a share `recall` of the truly active neurons of a calibration text passes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pinfer.kernels.activation import ZERO_BELOW_ZERO
+from pinfer.kernels.ops import quant_matmul, sign_select
+from pinfer.kernels.sign_select import pack_signs
+from pinfer.kernels.sign_select.reference import sign_scores
+from pinfer.predictors.base import Prediction, Predictor, PredictorQuality
+from pinfer.quant import QuantTensor
+
+
+class SignBits(Predictor):
+    """signs: int32 [N, ceil(D / 32)] of `pack_signs`; threshold: int32 [1], a score must exceed it."""
+
+    def __init__(self, signs: torch.Tensor, threshold: torch.Tensor, quality: PredictorQuality | None = None) -> None:
+        super().__init__()
+        self.signs, self.threshold, self.quality = signs, threshold, quality
+
+    @property
+    def own_bytes(self) -> int:
+        return self.signs.element_size() * self.signs.numel()
+
+    @property
+    def expected_density(self) -> float | None:
+        return None if self.quality is None else self.quality.density
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> Prediction:
+        named = sign_select(x, self.signs, self.threshold)
+        return Prediction(named.active, named.mask, None)
+
+    def shard(self, neurons: torch.Tensor) -> SignBits:
+        return SignBits(self.signs[neurons], self.threshold, self.quality)
+
+
+def fit_sign_bits(
+    gate: QuantTensor, activation: str, x: torch.Tensor, held_out: torch.Tensor, recall: float
+) -> SignBits:
+    """A predictor for the gate [N, D] that lets a share `recall` in (0, 1] of active neurons pass on inputs x [T, D].
+
+    Its `quality` is of `held_out` [T, D]. ValueError unless the activation is zero below zero.
+    """
+    if activation not in ZERO_BELOW_ZERO:
+        raise ValueError(
+            f"sign_bits needs a ReLU model; this one's activation is {activation}: try shift_threshold with a sparsity"
+        )
+    signs = pack_signs(gate)
+    scores, active = _scores_and_active(gate, signs, x)
+    needed = scores[active]
+    lost = int((1 - recall) * needed.numel())
+    cut = int(needed.kthvalue(lost + 1).values) - 1 if needed.numel() else gate.columns
+    threshold = torch.tensor([cut], dtype=torch.int32, device=gate.device)
+    scores, active = _scores_and_active(gate, signs, held_out)
+    named = scores > cut
+    caught = float((named & active).sum() / active.sum()) if bool(active.any()) else 1.0
+    return SignBits(
+        signs, threshold, PredictorQuality(caught, float(active.float().mean()), float(named.float().mean()))
+    )
+
+
+def _scores_and_active(gate: QuantTensor, signs: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return sign_scores(x, signs), quant_matmul(x, gate) > 0

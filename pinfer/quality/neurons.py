@@ -1,0 +1,178 @@
+"""What a predictor catches and misses: the neurons it names, held against all neurons of the same inputs.
+
+A neuron adds h_i · d_i to the FFN's output, h_i = act(g_i · x)(u_i · x), so its weight in a token is
+|h_i| · ‖d_i‖. Which neurons are truly active depends on the activation:
+
+- `nonzero` (ReLU and its kin): act(g_i · x) ≠ 0. The others add nothing, whatever their up product.
+- `top_k` (SiLU, GELU): the K of most weight in the token, K being as many as were computed for it.
+  Recall then says how near the choice is to the best of its size; computed over active is 1 by definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from torch import nn
+
+from pinfer.ffn import SparseFFN
+from pinfer.kernels.activation import ZERO_BELOW_ZERO, activate, hidden_of
+from pinfer.kernels.ops import dequantize, quant_matmul
+from pinfer.models import Transformer
+from pinfer.predictors import Prediction
+from pinfer.quant import QuantTensor
+
+TrulyActive = Literal["nonzero", "top_k"]
+Parts = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]  # of each shard: weight, computed, fired
+CHUNK_BYTES = 16 << 20  # of dequantised down at a time
+
+
+def truly_active(activation: str) -> TrulyActive:
+    """Which definition of a truly active neuron holds for an activation."""
+    return "nonzero" if activation in ZERO_BELOW_ZERO else "top_k"
+
+
+@dataclass(frozen=True)
+class NeuronCounts:
+    """Sums over the tokens of one layer, which add up over windows.
+
+    neurons:      (token, neuron) pairs; computed, active: how many of them were computed, are truly active;
+    caught:       how many are both;
+    weight_share: sum over tokens of the share of Σ|h_i|·‖d_i‖ that computed neurons hold (1 where that sum is 0).
+    """
+
+    tokens: int
+    neurons: int
+    computed: int
+    active: int
+    caught: int
+    weight_share: float
+
+    def __add__(self, other: NeuronCounts) -> NeuronCounts:
+        return NeuronCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def density(self) -> float:
+        """Computed over all neurons."""
+        return self.computed / self.neurons
+
+    @property
+    def recall(self) -> float:
+        """Share of the truly active neurons that were computed; 1 where none is active."""
+        return self.caught / self.active if self.active else 1.0
+
+    @property
+    def weighted_recall(self) -> float:
+        """Share of Σ|h_i|·‖d_i‖ that computed neurons hold, the mean over tokens.
+
+        Not the share of all tokens' sum: an opening token's outliers would decide it alone.
+        """
+        return self.weight_share / self.tokens
+
+    @property
+    def over_prediction(self) -> float | None:
+        """Computed for each truly active one; 1 is perfect at full recall, None where none is active."""
+        return self.computed / self.active if self.active else None
+
+
+def count_neurons(weight: torch.Tensor, computed: torch.Tensor, fired: torch.Tensor | None) -> NeuronCounts:
+    """Counts of one layer. All [T, N]: weight float32 |h_i|·‖d_i‖; computed bool; fired bool, act(g_i · x) ≠ 0.
+
+    Without `fired` the truly active are the heaviest of each token, as many as were computed. Equal weights at
+    the edge count for the predictor.
+    """
+    per_token = computed.sum(dim=1)  # [T]
+    if fired is None:
+        edge = weight.sort(dim=1, descending=True).values.gather(1, (per_token - 1).clamp_min(0)[:, None])  # [T, 1]
+        above = weight > edge
+        level = torch.minimum((computed & (weight == edge)).sum(1), per_token - above.sum(1)).clamp_min(0)
+        active, caught = int(per_token.sum()), int(((computed & above).sum(1) + level).sum())
+    else:
+        active, caught = int(fired.sum()), int((computed & fired).sum())
+    total = weight.sum(1, dtype=torch.float64)
+    held = torch.where(computed, weight, 0).sum(1, dtype=torch.float64)
+    share = torch.where(total == 0, 1.0, held / total)  # NaN stays
+    return NeuronCounts(
+        weight.shape[0], weight.numel(), int(per_token.sum()), active, caught, float(share.clamp_max(1).sum())
+    )
+
+
+class NeuronObserver:
+    """Counts, layer by layer, what the predictors of a sparse model name against what its inputs call for.
+
+    The inputs are the sparse run's own: layer by layer, the predictor is judged on what it was given.
+    Works for SparseFFN and for the shards of a HybridFFN, whose neurons are taken together.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        """ValueError for a model with a dense layer."""
+        self._ffns = model.ffns()
+        self._shards: list[list[tuple[SparseFFN, torch.Tensor]]] = []
+        for layer, ffn in enumerate(self._ffns):
+            shards = [module for module in ffn.modules() if isinstance(module, SparseFFN)]
+            if not shards:
+                raise ValueError(f"layer {layer} is dense: it has no predictor to observe")
+            self._shards.append([(shard, _row_norms(shard.weights.down)) for shard in shards])
+
+    @contextmanager
+    def watch(self, last: int) -> Iterator[list[NeuronCounts]]:
+        """Gathers one NeuronCounts a layer from the forward pass in the block, over its last tokens."""
+        counts: list[NeuronCounts] = []
+        hooks = []
+        for ffn, shards in zip(self._ffns, self._shards, strict=True):
+            parts: Parts = []
+            for shard, norms in shards:
+                hooks.append(shard.predictor.register_forward_hook(_collector(shard, norms, parts, last)))
+            hooks.append(ffn.register_forward_hook(_counter(shards[0][0].activation, parts, counts)))
+        try:
+            yield counts
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _collector(shard: SparseFFN, norms: torch.Tensor, parts: Parts, last: int) -> Callable[..., None]:
+    """A hook on a predictor: it sees the FFN's input and the prediction."""
+
+    def collect(_: nn.Module, inputs: tuple[torch.Tensor, ...], prediction: Prediction) -> None:
+        x = inputs[0][-last:]
+        gate = quant_matmul(x, shard.weights.gate) if prediction.gate_values is None else prediction.gate_values[-last:]
+        up = None if shard.weights.up is None else quant_matmul(x, shard.weights.up)
+        weight = hidden_of(shard.activation, gate, up).abs() * norms
+        parts.append((weight, computed_neurons(prediction, len(x)), activate(shard.activation, gate) != 0))
+
+    return collect
+
+
+def _counter(activation: str, parts: Parts, counts: list[NeuronCounts]) -> Callable[..., None]:
+    """A hook on a layer's FFN, which its predictors have run before."""
+
+    def count(*_: object) -> None:
+        weight, computed, fired = (torch.cat(of_shards, dim=1) for of_shards in zip(*parts, strict=True))
+        counts.append(count_neurons(weight, computed, fired if truly_active(activation) == "nonzero" else None))
+        parts.clear()
+
+    return count
+
+
+def computed_neurons(prediction: Prediction, last: int) -> torch.Tensor:
+    """bool [last, N]: which neurons the last tokens compute, by the list and the mask of a prediction."""
+    indices, count = prediction.active.indices, int(prediction.active.count)
+    listed = torch.zeros(indices.numel(), dtype=torch.bool, device=indices.device)
+    listed[indices[:count].long()] = True
+    return listed.expand(last, -1) if prediction.mask is None else listed & prediction.mask[-last:]
+
+
+def _row_norms(down: QuantTensor) -> torch.Tensor:
+    """float32 [N]: ‖d_i‖ of each neuron's row of `down` [N, D]."""
+    step = max(1, CHUNK_BYTES // (4 * down.columns))
+    return torch.cat([dequantize(down[start : start + step]).norm(dim=1) for start in range(0, down.rows, step)])
+
+
+def total(counts: Sequence[NeuronCounts]) -> NeuronCounts:
+    """The sum of at least one, over windows or over layers; over layers, `tokens` counts (token, layer) pairs."""
+    first, *rest = counts
+    return sum(rest, first)
