@@ -10,6 +10,7 @@ after each row, so that a run that was cut off goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -23,6 +24,7 @@ from experiments.files import write_json
 from pinfer import sparsify
 from pinfer.config import Method, RunConfig
 from pinfer.engine import Engine, load_engine
+from pinfer.engine.load import CALIBRATION_TEXT
 from pinfer.ffn import SparseFFN
 from pinfer.quality import Perplexity, perplexity, windows
 
@@ -110,21 +112,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     path = args.output / f"{Path(args.model).stem}.json"
-    settings = {
-        "model": Path(args.model).name, "text": args.text.name, "window": args.window, "windows": args.windows,
-    }  # fmt: skip
     try:
         text = args.text.read_text(encoding="utf-8")
+        settings = {
+            "model": Path(args.model).name, "model_bytes": Path(args.model).stat().st_size,
+            "text": args.text.name, "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "calibration_sha256": hashlib.sha256(CALIBRATION_TEXT.read_bytes()).hexdigest(),
+            "window": args.window, "windows": args.windows,
+        }  # fmt: skip
         known = {} if args.again else measured(path, settings)
         rows = []
         for method, sparsity in (DENSE, *product(METHODS, SPARSITIES)):
             run = RunConfig(
                 model=args.model, method=method, sparsity=sparsity, context=max(args.window, 1024), precision="float32"
             )
-            row = known.get((method, sparsity)) or measure(run, text, args.window, args.windows)
+            row = known.pop((method, sparsity), None)
+            if row is None:
+                row = measure(run, text, args.window, args.windows) | {"environment": environment()}
             rows.append(row)
             print(f"{method} {sparsity}: {math.exp(row['nll']):.3f}", file=sys.stderr)
-            write_json(path, settings | {"environment": environment(), "rows": rows})
+            write_json(path, settings | {"rows": [*rows, *known.values()]})
     except (ValueError, OSError) as error:
         print(f"thresholds: {error}", file=sys.stderr)
         return 2
@@ -139,7 +146,7 @@ def measured(path: Path, settings: dict[str, Any]) -> dict[tuple[str, float | No
     record = json.loads(path.read_text(encoding="utf-8"))
     if any(record.get(name) != value for name, value in settings.items()):
         return {}
-    return {(row["method"], row["nominal_sparsity"]): row for row in record["rows"] if "bytes_share" in row}
+    return {(row["method"], row["nominal_sparsity"]): row for row in record["rows"]}
 
 
 if __name__ == "__main__":

@@ -127,8 +127,10 @@ class RunConfig:
     `method` picks the predictor: `dense` computes every neuron, `exact` needs a ReLU model,
     `gate_threshold` (CATS) needs `sparsity`, `low_rank` needs it for models without ReLU; `auto` is
     `exact` for ReLU models, and otherwise `gate_threshold` where a sparsity is given, else `dense`.
-    `predictor_rank` and `recall`, the share of active neurons to catch, are those of `low_rank`. `cold_fraction` puts that share of
-    each layer's neurons on a second shard (HybridFFN). `model` None is the shipped one; `context`
+    `weighted_threshold` and `shift_threshold` need `sparsity` as well, `sign_bits` a ReLU model.
+    `predictor_rank` is that of `low_rank`, and `recall`, the share of active neurons to catch, that
+    of `low_rank` and `sign_bits`. `cold_fraction` puts that share of each layer's neurons on a
+    second shard (HybridFFN). `model` None is the shipped one; `context`
     None is the model's own limit or 4096, whichever is less, and 0 the model's limit. `activation`
     overrides the file's, for ReLU models whose converter had no key for it. `precision` is that of
     activations where they meet quantised weights: `int8` rounds them in blocks, as llama.cpp does;

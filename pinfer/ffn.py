@@ -8,6 +8,7 @@ that x's first row is the first token of its sequence.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -96,7 +97,7 @@ class SparseFFN(nn.Module):
     def __init__(self, weights: FFNWeights, predictor: Predictor, activation: str) -> None:
         super().__init__()
         self.weights, self.predictor, self.activation = weights, predictor, activation
-        self.compensation = predictor.compensation
+        self.observe: Callable[[torch.Tensor, Prediction], None] | None = None  # called with what is computed
         self.activity = Activity(weights.n_neurons, weights.gate.device)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor, opens: bool = False) -> torch.Tensor:
@@ -107,10 +108,13 @@ class SparseFFN(nn.Module):
 
     def _compensated(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         y = self._compute(x, self.predictor(x, residual))
-        return y if self.compensation is None else add(y, quant_matmul(x, self.compensation))
+        compensation = self.predictor.compensation
+        return y if compensation is None else add(y, quant_matmul(x, compensation))
 
     def _compute(self, x: torch.Tensor, prediction: Prediction) -> torch.Tensor:
         self.activity.record(prediction, x.shape[0])
+        if self.observe is not None:
+            self.observe(x, prediction)
         with expect_density(self.predictor.expected_density):
             return sparse_ffn(
                 x,
@@ -131,9 +135,9 @@ class SparseFFN(nn.Module):
 
     def shard(self, neurons: torch.Tensor, *, compensated: bool = True) -> SparseFFN:
         """The same for some of the neurons (int64 [H]); of all shards, one is to be compensated."""
-        part = SparseFFN(self.weights.shard(neurons), self.predictor.shard(neurons), self.activation)
-        part.compensation = self.compensation if compensated else None
-        return part
+        predictor = self.predictor.shard(neurons)
+        predictor.compensation = self.predictor.compensation if compensated else None
+        return SparseFFN(self.weights.shard(neurons), predictor, self.activation)
 
 
 class HybridFFN(nn.Module):

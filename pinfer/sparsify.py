@@ -13,7 +13,7 @@ import torch
 
 from pinfer.config import Method
 from pinfer.ffn import Activity, DenseFFN, FFNWeights, HybridFFN, SparseFFN
-from pinfer.kernels.activation import ZERO_BELOW_ZERO
+from pinfer.kernels.activation import CLAMPS_UP, ZERO_BELOW_ZERO
 from pinfer.kernels.transpose import transpose_weights
 from pinfer.models import KVCache, LayerWalk, Transformer
 from pinfer.placement import Plan
@@ -58,6 +58,8 @@ def resolve_method(method: Method, activation: str, sparsity: float | None) -> M
         raise ValueError(f"method {method} needs a sparsity{model}, such as 0.5")
     if method == "sign_bits" and activation not in ZERO_BELOW_ZERO:
         raise ValueError(f"sign_bits needs a ReLU model; this one's activation is {activation}: try shift_threshold")
+    if method == "shift_threshold" and activation in CLAMPS_UP:
+        raise ValueError(f"shift_threshold has no meaning for {activation}, which clamps up products: try exact")
     if method in ("exact", "dense", "sign_bits") and sparsity is not None:
         raise ValueError(
             f"sparsity {sparsity:g} has no meaning for method {method}: "

@@ -16,6 +16,8 @@ import torch
 from pinfer import sparsify as S
 from pinfer.cli.main import BAD_INPUT, OK
 from pinfer.cli.main import run as cli
+from pinfer.config import RunConfig
+from pinfer.engine import load_engine
 from pinfer.engine.load import CALIBRATION_TEXT, EVALUATION_TEXT
 from pinfer.formats.gguf import GGUFFile
 from pinfer.formats.model_config import model_config
@@ -389,3 +391,31 @@ def test_bad_input_is_one_line(
     assert says in message
     assert message.count("\n") == 1
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("tokens", [33, 64])
+@pytest.mark.parametrize("cold_fraction", [0.0, 0.5])
+def test_an_opening_token_computed_whole_is_counted_as_such(tmp_path: Path, tokens: int, cold_fraction: float) -> None:
+    """Also where a window holds nothing else: the predictor is not asked then."""
+    run = RunConfig(
+        model=str(write_tiny_llama(tmp_path / "m.gguf")),
+        method="shift_threshold",
+        sparsity=0.6,
+        activation="silu",
+        cold_fraction=cold_fraction,
+        precision="float32",
+    )
+    engine = load_engine(run)
+    observer = NeuronObserver(engine.model)
+    with engine.computing():
+        for length in (1, tokens):
+            S.reset_activity(engine.model)
+            with observer.watch(length) as counts:
+                engine.model(torch.arange(length) % 20, engine.model.new_cache())
+            assert [one.tokens for one in counts] == [length] * engine.config.n_layers
+            by_layer = [layer.density for layer in S.layer_densities(engine.model)]
+            assert [one.density for one in counts] == pytest.approx(by_layer)
+            if length == 1:
+                assert by_layer == [1.0] * engine.config.n_layers
+            else:
+                assert max(by_layer) < 0.8

@@ -276,6 +276,18 @@ def test_one_writer_at_a_time(path: Path, gguf: GGUFFile) -> None:
         pass
 
 
+def test_what_another_wrote_meanwhile_is_not_lost(path: Path, gguf: GGUFFile) -> None:
+    first, second = Solved.open(path, gguf), Solved.open(path, gguf)
+    with first.lock():
+        first.write("a.json", b"{}", stage="one", settings={}, figures={})
+    with second.lock():
+        assert second.has("a.json")
+        second.write("b.json", b"{}", stage="two", settings={}, figures={})
+    merged = Solved.open(path, gguf)
+    assert merged.read("a.json") == merged.read("b.json") == b"{}"
+    assert set(merged.stages) >= {"one", "two"}
+
+
 def test_the_command_line_refuses_with_one_line(path: Path, gguf: GGUFFile, capsys: pytest.CaptureFixture[str]) -> None:
     (path / "a.safetensors").write_bytes(b"short")
     assert run(["profile", "-m", str(gguf.path), "-o", str(path)]) == BAD_INPUT

@@ -12,13 +12,13 @@ from pinfer.cli.main import BAD_INPUT
 from pinfer.cli.main import run as cli
 from pinfer.config import RunConfig
 from pinfer.engine import load_engine
-from pinfer.ffn import DenseFFN, FFNWeights, HybridFFN, SparseFFN
+from pinfer.ffn import FFNWeights, HybridFFN, SparseFFN
 from pinfer.kernels.activation import activate
 from pinfer.kernels.dequantize.reference import dequantize
 from pinfer.models import KVCache
 from pinfer.predictors import FFNMatrices, GateThreshold, WeightedThreshold, fit_weighted_threshold, gate_threshold_for
 from pinfer.predictors.weighted_threshold import compensation_of
-from pinfer.quant import QuantTensor
+from pinfer.quant import Q8_0, QuantTensor
 from tests.gguf_files import write_tiny_gemma3
 
 WIDTH, NEURONS = 64, 160
@@ -155,7 +155,9 @@ def test_a_model_runs_by_it(tmp_path: Path, method: str, cold_fraction: float) -
     assert torch.allclose(logits[:1], expected[:1], atol=1e-4)  # the opening token is dense
     assert not torch.allclose(logits[1:], expected[1:], atol=1e-4)
     assert 0.3 < S.density(engine.model) < 0.75
-    assert (S.predictor_bytes(engine.model) > 0) == (method == "shift_threshold")
+    config = engine.config
+    matrix = Q8_0.row_bytes(config.d_model) * config.d_model if config.d_model % 32 == 0 else 2 * config.d_model**2
+    assert S.predictor_bytes(engine.model) == (config.n_layers * matrix if method == "shift_threshold" else 0)
 
 
 def test_bad_settings_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,8 +168,8 @@ def test_bad_settings_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     layer.calibration[3, 4] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         layer.fit(0.5)
-    ungated = DenseFFN(layer.ffn.gate, None, layer.ffn.down, "silu")
-    assert ungated.up is None
+    with pytest.raises(ValueError, match="clamps"):
+        Layer(activation="drelu").fit(0.5)
     path = write_tiny_gemma3(tmp_path / "gemma3.gguf")
     assert cli(["generate", "-m", str(path), "-p", "a", "--method", "shift_threshold"]) == BAD_INPUT
     assert "needs a sparsity" in capsys.readouterr().err

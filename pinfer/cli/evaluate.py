@@ -32,7 +32,6 @@ from pinfer.engine import Engine, load_engine
 from pinfer.engine.generate import peak_rss_bytes
 from pinfer.engine.load import EVALUATION_TEXT
 from pinfer.engine.mapped import fingerprint
-from pinfer.formats.gguf import GGUFFile
 from pinfer.quality import (
     Window,
     WindowScores,
@@ -164,7 +163,7 @@ def _about(run: RunConfig, engine: Engine, passage: _Text) -> dict[str, Any]:
     return {
         "command": "eval",
         "model": engine.path.name if run.model is None else run.model,
-        "model_fingerprint": fingerprint(GGUFFile.open(engine.path)),
+        "model_fingerprint": fingerprint(engine.gguf, timed=False),
         "method": run.method,
         "config": config | {"threads": torch.get_num_threads(), "int8": engine.int8},
         "text": passage.name,

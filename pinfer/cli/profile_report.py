@@ -8,8 +8,8 @@ from html import escape
 from pathlib import Path
 
 from pinfer.cli import profile_plots
-from pinfer.engine.files import write_atomically
 from pinfer.engine.profile import Profile
+from pinfer.files import write_atomically
 from pinfer.kernels.activation import ZERO_BELOW_ZERO
 
 REPORT = "report.html"

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-from pinfer.engine.files import leftovers, write_atomically
+from pinfer.files import leftovers, write_atomically
 from pinfer.placement.statistics import LayerStatistics, from_tensors, to_tensors
 
 FORMAT = 1

@@ -34,7 +34,7 @@ class MeasuredFFN(nn.Module):
         super().__init__()
         self.dense, self.accumulator = dense, accumulator
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, opens: bool = False) -> torch.Tensor:
         """x, residual: float32 [T, D], a whole sequence; returns float32 [T, D]."""
         gate = quant_matmul(x, self.dense.gate)
         up = None if self.dense.up is None else quant_matmul(x, self.dense.up)

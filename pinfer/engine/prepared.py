@@ -34,9 +34,9 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from pinfer.config import ModelConfig
-from pinfer.engine.files import temporary
 from pinfer.engine.mapped import fingerprint, release_pages
 from pinfer.ffn import DenseFFN
+from pinfer.files import temporary
 from pinfer.formats.gguf import GGUFFile
 from pinfer.kernels.cpp.build import cache_folder
 from pinfer.kernels.transpose import transpose_weights

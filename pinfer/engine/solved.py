@@ -23,7 +23,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-from pinfer.engine.files import leftovers, write_atomically
 from pinfer.engine.manifest import (
     MANIFEST,
     FileMark,
@@ -37,6 +36,7 @@ from pinfer.engine.manifest import (
     read_bytes,
     read_manifest,
 )
+from pinfer.files import leftovers, write_atomically
 from pinfer.formats.gguf import GGUFFile
 
 LOCK = ".lock"
@@ -106,6 +106,7 @@ class Solved:
                 raise ValueError(f"{self.path}: another pinfer is writing into it") from problem
             for old in leftovers(self.path):
                 old.unlink(missing_ok=True)
+            self._manifest = read_manifest(self.path / MANIFEST)  # another may have written since it was read
             yield
 
     @property

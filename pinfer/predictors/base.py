@@ -76,4 +76,4 @@ class Predictor(nn.Module, ABC):
 
     @abstractmethod
     def shard(self, neurons: torch.Tensor) -> Predictor:
-        """The same predictor for some of the neurons (int64 [H]), numbered in that order."""
+        """The same predictor for some of the neurons (int64 [H]), numbered in that order, without compensation."""

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from pinfer.kernels.activation import activate
+from pinfer.kernels.activation import CLAMPS_UP, activate
 from pinfer.kernels.ops import dequantize, quant_matmul, threshold_matmul
 from pinfer.predictors.base import Prediction, Predictor
 from pinfer.quant import F16, Q8_0, QuantTensor
@@ -79,7 +79,7 @@ class WeightedThreshold(Predictor):
     def shard(self, neurons: torch.Tensor) -> WeightedThreshold:
         shift = None if self.shift is None else self.shift[neurons]
         return WeightedThreshold(
-            self.gate[neurons], self.activation, self.threshold[neurons], shift, self.compensation, self.density
+            self.gate[neurons], self.activation, self.threshold[neurons], shift, None, self.density
         )
 
 
@@ -87,17 +87,21 @@ def fit_weighted_threshold(ffn: FFNMatrices, x: torch.Tensor, sparsity: float, *
     """A predictor that skips a share `sparsity` of neurons over inputs x [T, D], first tokens left out.
 
     `shifted` tells shift_threshold from weighted_threshold. ValueError unless sparsity lies in [0, 1)
-    and the inputs are finite.
+    and the inputs are finite, and for a shift under dReLU, whose sum M·x is not.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity {sparsity} must lie in [0, 1)")
+    if shifted and ffn.activation in CLAMPS_UP:
+        raise ValueError(f"shift_threshold needs up products as they are; {ffn.activation} clamps them")
     if not bool(x.isfinite().all()):
         raise ValueError("an FFN's inputs are not finite: the weights are damaged")
     centers, weights, sizes = [], [], []
     for part in _chunks(ffn.gate, x.shape[0]):
         values = activate(ffn.activation, quant_matmul(x, ffn.gate[part]))  # [T, n]
         centers.append(values.median(dim=0).values if shifted else torch.zeros_like(values[0]))
-        weights.append(quant_matmul(x, ffn.up[part]).abs().mean(dim=0).clamp_min(1e-20))
+        up = quant_matmul(x, ffn.up[part])
+        counts = up.clamp_min(0) if ffn.activation in CLAMPS_UP else up.abs()
+        weights.append(counts.mean(dim=0).clamp_min(1e-20))
         sizes.append(((values - centers[-1]).abs() * weights[-1])[_sample(x.shape[0], ffn.gate.rows)])
     center, cut = torch.cat(centers), _quantile(torch.cat(sizes, dim=1), sparsity)
     threshold = cut / torch.cat(weights)

@@ -1,7 +1,7 @@
 """What a predictor catches and misses: the neurons it names, held against all neurons of the same inputs.
 
 A neuron adds h_i · d_i to the FFN's output, h_i = act(g_i · x)(u_i · x), so its weight in a token is
-|h_i| · ‖d_i‖. Which neurons are truly active depends on the activation:
+|h_i| · ‖d_i‖. Under a shift c_i, which a compensation stands for, h_i is (act(g_i · x) - c_i)(u_i · x). Which neurons are truly active depends on the activation:
 
 - `nonzero` (ReLU and its kin): act(g_i · x) ≠ 0. The others add nothing, whatever their up product.
 - `top_k` (SiLU, GELU): the K of most weight in the token, K being as many as were computed for it.
@@ -16,7 +16,6 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
-from torch import nn
 
 from pinfer.ffn import SparseFFN
 from pinfer.kernels.activation import ZERO_BELOW_ZERO, activate, hidden_of
@@ -26,7 +25,8 @@ from pinfer.predictors import Prediction
 from pinfer.quant import QuantTensor
 
 TrulyActive = Literal["nonzero", "top_k"]
-Parts = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]  # of each shard: weight, computed, fired
+Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of some tokens: weight, computed, fired
+Parts = list[list[Part]]  # of each shard
 CHUNK_BYTES = 16 << 20  # of dequantised down at a time
 
 
@@ -123,37 +123,40 @@ class NeuronObserver:
         counts: list[NeuronCounts] = []
         hooks = []
         for ffn, shards in zip(self._ffns, self._shards, strict=True):
-            parts: Parts = []
-            for shard, norms in shards:
-                hooks.append(shard.predictor.register_forward_hook(_collector(shard, norms, parts, last)))
-            hooks.append(ffn.register_forward_hook(_counter(shards[0][0].activation, parts, counts)))
+            parts: Parts = [[] for _ in shards]
+            for (shard, norms), of_shard in zip(shards, parts, strict=True):
+                shard.observe = _collector(shard, norms, of_shard)
+            hooks.append(ffn.register_forward_hook(_counter(shards[0][0].activation, parts, counts, last)))
         try:
             yield counts
         finally:
             for hook in hooks:
                 hook.remove()
+            for shard, _ in (one for shards in self._shards for one in shards):
+                shard.observe = None
 
 
-def _collector(shard: SparseFFN, norms: torch.Tensor, parts: Parts, last: int) -> Callable[..., None]:
-    """A hook on a predictor: it sees the FFN's input and the prediction."""
+def _collector(shard: SparseFFN, norms: torch.Tensor, parts: list[Part]) -> Callable[[torch.Tensor, Prediction], None]:
+    """What a shard calls with some tokens and the neurons it computes for them."""
 
-    def collect(_: nn.Module, inputs: tuple[torch.Tensor, ...], prediction: Prediction) -> None:
-        x = inputs[0][-last:]
-        gate = quant_matmul(x, shard.weights.gate) if prediction.gate_values is None else prediction.gate_values[-last:]
+    def collect(x: torch.Tensor, prediction: Prediction) -> None:
+        gate = quant_matmul(x, shard.weights.gate) if prediction.gate_values is None else prediction.gate_values
         up = None if shard.weights.up is None else quant_matmul(x, shard.weights.up)
-        weight = hidden_of(shard.activation, gate, up).abs() * norms
+        weight = hidden_of(shard.activation, gate, up, prediction.shift).abs() * norms
         parts.append((weight, computed_neurons(prediction, len(x)), activate(shard.activation, gate) != 0))
 
     return collect
 
 
-def _counter(activation: str, parts: Parts, counts: list[NeuronCounts]) -> Callable[..., None]:
-    """A hook on a layer's FFN, which its predictors have run before."""
+def _counter(activation: str, parts: Parts, counts: list[NeuronCounts], last: int) -> Callable[..., None]:
+    """A hook on a layer's FFN, whose shards have computed all tokens: in turns, where the first is apart."""
 
     def count(*_: object) -> None:
-        weight, computed, fired = (torch.cat(of_shards, dim=1) for of_shards in zip(*parts, strict=True))
+        by_shard = [[torch.cat(turns)[-last:] for turns in zip(*of_shard, strict=True)] for of_shard in parts]
+        weight, computed, fired = (torch.cat(shards, dim=1) for shards in zip(*by_shard, strict=True))
         counts.append(count_neurons(weight, computed, fired if truly_active(activation) == "nonzero" else None))
-        parts.clear()
+        for of_shard in parts:
+            of_shard.clear()
 
     return count
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pinfer.files import write_atomically
 from pinfer.quality.compare import SparseSummary, Summary, WindowScores
 from pinfer.quality.losses import Estimate, Perplexity, over_windows
 from pinfer.quality.neurons import NeuronCounts
@@ -120,9 +121,14 @@ def _finite(value: float) -> float | None:
 
 
 def check_writable(path: Path) -> None:
-    """FileNotFoundError, IsADirectoryError or PermissionError if `write_records` could not write there."""
+    """FileNotFoundError, IsADirectoryError or PermissionError if `write_records` could not write there.
+
+    ValueError for what is no regular file, such as a device: it would be replaced.
+    """
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a regular file")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder")
     if not os.access(path.parent, os.W_OK):
@@ -131,11 +137,8 @@ def check_writable(path: Path) -> None:
 
 def write_records(path: Path, run: Mapping[str, Any], rows: Iterator[dict[str, Any]]) -> None:
     """Write the long table, `run` (plain data) first; the file appears whole or not at all."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with staging.open("w", encoding="utf-8") as file:
-            for row in ({"kind": "run", "format": FORMAT, **run}, *rows):
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
+    lines = (
+        json.dumps(row, ensure_ascii=False, allow_nan=False)
+        for row in ({"kind": "run", "format": FORMAT, **run}, *rows)
+    )
+    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
