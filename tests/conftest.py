@@ -8,6 +8,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("PINFER_ALL_SETS", "1")  # one library for every instruction set, not two
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,55 @@ import torch
 
 from pinfer.engine import SHIPPED_MODEL
 from tests.gguf_files import gemma_file
+
+
+class AheadOfTime:
+    """`aot_compile.py` in a process of its own: minutes of compiling that go on beside the other tests."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="aot-")
+        self._output, script = Path(self._folder.name) / "rows.json", Path(__file__).with_name("aot_compile.py")
+        self._errors = (Path(self._folder.name) / "errors.txt").open("w+")
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        self._process = subprocess.Popen(
+            [sys.executable, script, self._output], stdout=self._errors, stderr=self._errors, env=environment
+        )
+
+    def result(self) -> str:
+        """What it wrote, once it has ended; AssertionError with its last words if it failed."""
+        code = self._process.wait()
+        self._errors.seek(0)
+        assert code == 0, self._errors.read()[-3000:]
+        return self._output.read_text()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._errors.close()
+        self._folder.cleanup()
+
+
+AHEAD_OF_TIME = pytest.StashKey[AheadOfTime]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What waits for the compiler comes last, and the compiler starts first."""
+    waiting = [item for item in items if "ahead_of_time" in getattr(item, "fixturenames", ())]
+    if waiting:
+        items[:] = [item for item in items if item not in waiting] + waiting
+        if not config.option.collectonly:
+            config.stash[AHEAD_OF_TIME] = AheadOfTime()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if AHEAD_OF_TIME in config.stash:
+        config.stash[AHEAD_OF_TIME].close()
+
+
+@pytest.fixture(scope="session")
+def ahead_of_time(request: pytest.FixtureRequest) -> AheadOfTime:
+    return request.config.stash[AHEAD_OF_TIME]
 
 
 @pytest.fixture

@@ -6,30 +6,23 @@ The figures are read out of the machine code itself; kernels with known faults m
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pinfer.kernels import ops
+from tests.conftest import AheadOfTime
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "gfx942")
-# A cold build takes 0.7 s of a core for the five targets together, and there are some 200.
+# A cold build takes 0.7 s of a core for the five targets together, one on tensor cores 5, and there are some 240.
 pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script, output = Path(__file__).with_name("aot_compile.py"), tmp_path_factory.mktemp("aot") / "rows.json"
-    run = subprocess.run([sys.executable, script, output], capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(output.read_text())
+def compiled(ahead_of_time: AheadOfTime) -> dict[str, Any]:
+    return json.loads(ahead_of_time.result())
 
 
 @pytest.mark.parametrize("target", TARGETS)

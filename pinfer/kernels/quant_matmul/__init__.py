@@ -34,7 +34,8 @@ OP = Op(
         *({"type": name, "tokens": 1, "rows": 37, "columns": cases.columns_for(name)} for name in BY_NAME),
         *({"type": name, "tokens": 3, "rows": 17, "columns": 512} for name in ("F16", "Q8_0", "Q4_K")),
         {"type": "Q5_0", "tokens": 13, "rows": 5, "columns": 64},
-        *({"type": name, "tokens": 17, "rows": 150, "columns": 1280} for name in ("BF16", "Q6_K")),
+        {"type": "BF16", "tokens": 17, "rows": 70, "columns": 1100},
+        {"type": "Q6_K", "tokens": 5, "rows": 70, "columns": 1280},
         {"type": "F32", "tokens": 1, "rows": 1, "columns": 1},
         *(
             {"type": name, "tokens": tokens, "rows": 37, "columns": cases.columns_for(name), "int8": True}

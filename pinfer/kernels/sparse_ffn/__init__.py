@@ -106,7 +106,7 @@ OP = Op(
         ),
         *({"type": name, "tokens": 2, "neurons": 23, "width": cases.columns_for(name), "density": 0.3, "masked": True}
           for name in BY_NAME),
-        {"type": "Q4_K", "tokens": 16, "neurons": 160, "width": 1280, "density": 0.05, "masked": True,
+        {"type": "Q4_K", "tokens": 16, "neurons": 130, "width": 1280, "density": 0.01, "masked": True,
          "down_type": "Q8_0"},
         *({"type": "Q4_K", "up_type": "Q5_0", "tokens": tokens, "neurons": 40, "width": 256, "density": 0.4}
           for tokens in (1, 3)),
