@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.files import write_bytes
+from pinfer.files import write_atomically
 
 DPI = 90
 
@@ -49,4 +49,4 @@ def _save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     plt.close(figure)
-    write_bytes(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())

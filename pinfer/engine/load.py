@@ -179,23 +179,27 @@ def _predictors(engine: Engine, prepared: Prepared) -> PredictorMaker:
         return fitted_predictors(_sign_bits(engine))
     assert engine.run.sparsity is not None
     engine.progress("calibrating thresholds on the shipped text")
+    if engine.method != "gate_threshold":
+        return fitted_predictors(_weighted(engine))
     _lay_out(engine.model)
     text = CALIBRATION_TEXT.read_text(encoding="utf-8")
-    if engine.method != "gate_threshold":
-        return fitted_predictors(_weighted(engine, text))
     tokens = calibration_tokens(engine.tokenizer, text, min(CALIBRATION_TOKENS, engine.config.context_length))
     return gate_threshold_predictors(calibrate_gate_thresholds(engine.model, tokens, engine.run.sparsity))
 
 
 def _sign_bits(engine: Engine) -> list[SignBits]:
+    return fit_sign_predictors(engine.model, _to_fit_on(engine), engine.run.recall, engine.progress)
+
+
+def _to_fit_on(engine: Engine, count: int = FIT_SEQUENCES) -> list[torch.Tensor]:
+    """Sequences of the shipped text, for the dense model, whose weights are laid out for it."""
+    _lay_out(engine.model)
     text = CALIBRATION_TEXT.read_text(encoding="utf-8")
-    sequences = calibration_sequences(engine.tokenizer, text, min(FIT_TOKENS, engine.config.context_length))
-    return fit_sign_predictors(engine.model, sequences, engine.run.recall, engine.progress)
+    return calibration_sequences(engine.tokenizer, text, min(FIT_TOKENS, engine.config.context_length), count)
 
 
-def _weighted(engine: Engine, text: str) -> list[WeightedThreshold]:
-    length = min(FIT_TOKENS, engine.config.context_length)
-    sequences = calibration_sequences(engine.tokenizer, text, length, WEIGHTED_SEQUENCES)
+def _weighted(engine: Engine) -> list[WeightedThreshold]:
+    sequences = _to_fit_on(engine, WEIGHTED_SEQUENCES)
     assert engine.run.sparsity is not None
     shifted = engine.method == "shift_threshold"
     return fit_weighted_predictors(
@@ -212,9 +216,7 @@ def _low_rank(engine: Engine, prepared: Prepared) -> list[LowRank]:
 
     def fit() -> list[LowRank]:
         engine.progress("fitting predictors on the shipped text")
-        _lay_out(engine.model)
-        sequences = calibration_sequences(engine.tokenizer, text, min(FIT_TOKENS, config.context_length))
-        return fit_low_rank_predictors(engine.model, sequences, settings, prepared.progress)
+        return fit_low_rank_predictors(engine.model, _to_fit_on(engine), settings, prepared.progress)
 
     key = dataclasses.asdict(settings) | {
         "activation": config.activation,

@@ -37,6 +37,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from pinfer.files import write_atomically
 from pinfer.kernels.cpp.build import cache_folder
 
 FORMAT = 1
@@ -249,12 +250,7 @@ def _keep(path: Path, gpu: str, key: str, density: str, entry: Entry) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)  # an entry that another process adds before the replacement would be lost
         cache = _load.__wrapped__(path)
         cache.setdefault(gpu, {}).setdefault(key, {})[density] = entry
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "w") as file:
-            json.dump({"format": FORMAT, "gpus": cache}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_atomically(path, json.dumps({"format": FORMAT, "gpus": cache}, indent=1).encode())
     _load.cache_clear()
     _answers.clear()
 

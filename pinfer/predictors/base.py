@@ -72,7 +72,7 @@ class Predictor(nn.Module, ABC):
     @property
     def expected_density(self) -> float | None:
         """The share of neurons that a prediction will name, for kernels tuned by density; None if nobody knows."""
-        return None
+        return None if self.quality is None else self.quality.density
 
     @abstractmethod
     def shard(self, neurons: torch.Tensor) -> Predictor:

@@ -99,10 +99,6 @@ class LowRank(Predictor):
     def own_bytes(self) -> int:
         return self.first.nbytes + self.second.nbytes
 
-    @property
-    def expected_density(self) -> float | None:
-        return None if self.quality is None else self.quality.density
-
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> Prediction:
         magnitude_of = self.activation if self.by_magnitude else None
         named = threshold_matmul(quant_matmul(x, self.first), self.second, self.threshold, magnitude_of=magnitude_of)

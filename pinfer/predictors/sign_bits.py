@@ -28,10 +28,6 @@ class SignBits(Predictor):
     def own_bytes(self) -> int:
         return self.signs.element_size() * self.signs.numel()
 
-    @property
-    def expected_density(self) -> float | None:
-        return None if self.quality is None else self.quality.density
-
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> Prediction:
         named = sign_select(x, self.signs, self.threshold)
         return Prediction(named.active, named.mask, None)

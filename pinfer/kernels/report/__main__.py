@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pinfer.files import write_atomically
 from pinfer.kernels import ops
 from pinfer.kernels.report.tables import differences, markdown, text_table
 
@@ -46,8 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     report = _report(options.ops, options.targets, options.workers)
     print(text_table(report["rows"]))
     if folder is not None:
-        _write(folder / "report.json", _as_json(report))
-        _write(folder / "report.md", markdown(report))
+        write_atomically(folder / "report.json", _as_json(report).encode())
+        write_atomically(folder / "report.md", markdown(report).encode())
         print(f"\nwritten: {folder / 'report.json'} and report.md")
     if old is not None:
         changes = differences(old, report["rows"])
@@ -104,13 +104,6 @@ def _show_progress(done: int, total: int, name: str) -> None:
         print(f"\r\x1b[K{done}/{total}  {name[:90]}", end="\n" if done == total else "", file=sys.stderr, flush=True)
     elif done == total or done % max(1, total // 10) == 0:
         print(f"{done}/{total} builds", file=sys.stderr, flush=True)
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f"{path.suffix}.tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
 
 
 def _refuse(reason: str) -> int:

@@ -260,7 +260,8 @@ def _batched(
         active.count if mask is None else mask.view(torch.uint8), active.indices, active.count, h,
         tokens, neurons, partial.shape[1],
         ACTIVATION=activation, HAS_UP=up is not None, HAS_MASK=mask is not None,
-        HAS_GATE_VALUES=gate_values is not None, HAS_SHIFT=shift is not None, BLOCK=HIDDEN_BLOCK, num_warps=HIDDEN_WARPS, num_stages=1,
+        HAS_GATE_VALUES=gate_values is not None, HAS_SHIFT=shift is not None,
+        BLOCK=HIDDEN_BLOCK, num_warps=HIDDEN_WARPS, num_stages=1,
     )  # fmt: skip
     return row_sums(h, down, active)
 
