@@ -24,7 +24,7 @@ from experiments.files import write_json
 from pinfer import sparsify
 from pinfer.config import Method, RunConfig
 from pinfer.engine import Engine, load_engine
-from pinfer.engine.load import CALIBRATION_TEXT
+from pinfer.engine.text import CALIBRATION_TEXT
 from pinfer.ffn import SparseFFN
 from pinfer.quality import Perplexity, perplexity, windows
 

@@ -125,9 +125,11 @@ class RunConfig:
     """Every knob of a run. Defaults, then a mapping (`from_mapping`), then keyword overrides.
 
     `method` picks the predictor: `dense` computes every neuron, `exact` needs a ReLU model,
-    `gate_threshold` (CATS) needs `sparsity`, `low_rank` needs it for models without ReLU; `auto` is
-    `exact` for ReLU models, and otherwise `gate_threshold` where a sparsity is given, else `dense`.
-    `weighted_threshold` and `shift_threshold` need `sparsity` as well, `sign_bits` a ReLU model.
+    `gate_threshold` (CATS), `weighted_threshold` and `shift_threshold` need `sparsity`, `low_rank` needs
+    it for models without ReLU, `sign_bits` needs ReLU. `auto` is what the predictors of
+    `predictor_path`, a solved directory, are for; without one, where a sparsity is given, the best
+    method that needs no training (`shift_threshold` for SiLU and GELU); else `exact` for ReLU models
+    and `dense` for others.
     `predictor_rank` is that of `low_rank`, and `recall`, the share of active neurons to catch, that
     of `low_rank` and `sign_bits`. `cold_fraction` puts that share of each layer's neurons on a
     second shard (HybridFFN). `model` None is the shipped one; `context`
@@ -152,6 +154,7 @@ class RunConfig:
     recall: float = 0.99
     numa: Numa = "none"
     record: bool = True
+    predictor_path: str | None = None
 
     def __post_init__(self) -> None:
         if self.context is not None:

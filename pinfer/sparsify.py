@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 
-from pinfer.config import Method
+from pinfer.config import Method, ModelConfig
 from pinfer.ffn import Activity, DenseFFN, FFNWeights, HybridFFN, SparseFFN
 from pinfer.kernels.activation import CLAMPS_UP, ZERO_BELOW_ZERO
 from pinfer.kernels.transpose import transpose_weights
-from pinfer.models import KVCache, LayerWalk, Transformer
+from pinfer.models import LayerWalk, Transformer
 from pinfer.placement import Plan
 from pinfer.predictors import (
     CalibrationInputs,
@@ -28,10 +28,10 @@ from pinfer.predictors import (
     PredictorQuality,
     SignBits,
     WeightedThreshold,
+    fit_gate_threshold,
     fit_low_rank,
     fit_sign_bits,
     fit_weighted_threshold,
-    gate_threshold_for,
 )
 from pinfer.quant import QuantTensor
 
@@ -40,23 +40,30 @@ PredictorMaker = Callable[[int, DenseFFN], Predictor]
 # A layer's `down` as rows [N, D], and the relative RMS error of that.
 DownMaker = Callable[[int, DenseFFN], tuple[QuantTensor, float]]
 
+Progress = Callable[[str], None]
+P = TypeVar("P", bound=Predictor)
+
+LEAST_SEQUENCES = 4
 THRESHOLDED: tuple[Method, ...] = ("gate_threshold", "weighted_threshold", "shift_threshold")
 # Of the sequences that low_rank is calibrated on, by number modulo 4: two parts to fit on, one for
 # the threshold, one to report on.
 _FIT, _THRESHOLD, _REPORT = (0, 2), (1,), (3,)
 
 
-def resolve_method(method: Method, activation: str, sparsity: float | None) -> Method:
+def resolve_method(method: Method, config: ModelConfig, sparsity: float | None) -> Method:
     """What `auto` means for this model; ValueError where a method cannot work with the other settings."""
+    activation, fires = config.activation, config.activation in ZERO_BELOW_ZERO
     if method == "auto":
-        if sparsity is not None:
+        if sparsity is None:
+            return "exact" if fires else "dense"
+        if not config.gated:
             return "gate_threshold"
-        return "exact" if activation in ZERO_BELOW_ZERO else "dense"
-    needs_sparsity = method in THRESHOLDED or (method == "low_rank" and activation not in ZERO_BELOW_ZERO)
+        return "weighted_threshold" if fires else "shift_threshold"
+    needs_sparsity = method in THRESHOLDED or (method == "low_rank" and not fires)
     if needs_sparsity and sparsity is None:
         model = f" for a model whose activation is {activation}" if method == "low_rank" else ""
         raise ValueError(f"method {method} needs a sparsity{model}, such as 0.5")
-    if method == "sign_bits" and activation not in ZERO_BELOW_ZERO:
+    if method == "sign_bits" and not fires:
         raise ValueError(f"sign_bits needs a ReLU model; this one's activation is {activation}: try shift_threshold")
     if method == "shift_threshold" and activation in CLAMPS_UP:
         raise ValueError(f"shift_threshold has no meaning for {activation}, which clamps up products: try exact")
@@ -73,107 +80,95 @@ def exact_predictors(layer: int, ffn: DenseFFN) -> Predictor:
     return ExactPredictor(ffn.gate, ffn.activation)
 
 
-def gate_threshold_predictors(thresholds: Sequence[float]) -> PredictorMaker:
-    """GateThreshold with one threshold a layer."""
-    return lambda layer, ffn: GateThreshold(ffn.gate, ffn.activation, thresholds[layer])
-
-
-def calibrate_gate_thresholds(model: Transformer, tokens: torch.Tensor, sparsity: float) -> list[float]:
-    """Per layer, the gate threshold that skips a share `sparsity` of neurons over tokens int64 [T].
-
-    Runs the dense model once. The first token is left out: its activations are outliers.
-    """
-    thresholds: list[float] = []
-
-    def measure(ffn: DenseFFN, inputs: tuple[torch.Tensor, ...]) -> None:
-        thresholds.append(gate_threshold_for(inputs[0][1:], ffn.gate, ffn.activation, sparsity))
-
-    _check_dense(model)
-    if tokens.shape[0] < 2:
-        raise ValueError(f"calibration needs at least 2 tokens, not {tokens.shape[0]}")
-    hooks = [ffn.register_forward_pre_hook(measure) for ffn in model.ffns()]
-    try:
-        model(tokens, KVCache(model.config, tokens.shape[0]), last_only=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return thresholds
+def fit_gate_threshold_predictors(
+    model: Transformer, sequences: Sequence[torch.Tensor], progress: Progress = lambda _: None
+) -> list[GateThreshold]:
+    """GateThreshold for every layer of a dense model, from its own inputs on sequences int64 [T], to be set by density."""
+    return _fit_layers(
+        model, sequences, lambda ffn, inputs: fit_gate_threshold(ffn.gate, ffn.activation, _later(inputs)), progress
+    )
 
 
 def fit_weighted_predictors(
-    model: Transformer,
-    sequences: Sequence[torch.Tensor],
-    sparsity: float,
-    *,
-    shifted: bool,
-    progress: Callable[[str], None] = lambda _: None,
+    model: Transformer, sequences: Sequence[torch.Tensor], progress: Progress = lambda _: None, *, shifted: bool
 ) -> list[WeightedThreshold]:
-    """WeightedThreshold for every layer of a dense model, from its own inputs on sequences int64 [T].
+    """WeightedThreshold for every layer, as `fit_gate_threshold_predictors`. ValueError where the FFN has no gate."""
 
-    Leaves out each sequence's first token. ValueError for a sequence of a single token, or a model
-    whose FFN has no gate.
-    """
-    _check_dense(model)
-    if any(len(tokens) < 2 for tokens in sequences):
-        raise ValueError("calibration needs sequences of at least 2 tokens")
-    fitted = []
-    for layer, (ffn, inputs) in enumerate(ffn_inputs(model, sequences), 1):
-        progress(f"fitting predictors, layer {layer} of {model.config.n_layers}")
+    def fit(ffn: DenseFFN, inputs: list[torch.Tensor]) -> WeightedThreshold:
         if ffn.up is None:
             raise ValueError("this model's FFN has no gate to rank neurons by: try exact or low_rank")
         matrices = FFNMatrices(ffn.gate, ffn.up, ffn.down, ffn.activation)
-        fitted.append(fit_weighted_threshold(matrices, torch.cat([x[1:] for x in inputs]), sparsity, shifted=shifted))
-    return fitted
+        return fit_weighted_threshold(matrices, _later(inputs), shifted=shifted)
+
+    return _fit_layers(model, sequences, fit, progress)
 
 
 def fit_low_rank_predictors(
     model: Transformer,
     sequences: Sequence[torch.Tensor],
     settings: LowRankSettings,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = lambda _: None,
 ) -> list[LowRank]:
     """LowRank for every layer of a dense model, from its own inputs on sequences int64 [T].
 
     Half of the sequences, taken evenly from all over, are fitted on; a quarter sets the thresholds
-    and a quarter measures what is reached. Both leave out a sequence's first token, as
-    `calibrate_gate_thresholds` does. ValueError for fewer than four sequences, or one of a single token.
+    and a quarter measures what is reached. ValueError for fewer than four sequences.
     """
-    _check_dense(model)
-    if len(sequences) < 4 or any(len(tokens) < 2 for tokens in sequences):
-        raise ValueError("low_rank is calibrated on at least 4 sequences of at least 2 tokens")
-    fitted = []
-    for layer, (ffn, inputs) in enumerate(ffn_inputs(model, sequences), 1):
-        progress(f"fitting predictors, layer {layer} of {model.config.n_layers}")
+
+    def fit(ffn: DenseFFN, inputs: list[torch.Tensor]) -> LowRank:
         parts = CalibrationInputs(
             torch.cat([x for i, x in enumerate(inputs) if i % 4 in _FIT]),
-            torch.cat([x[1:] for i, x in enumerate(inputs) if i % 4 in _THRESHOLD]),
-            torch.cat([x[1:] for i, x in enumerate(inputs) if i % 4 in _REPORT]),
+            *(_later([x for i, x in enumerate(inputs) if i % 4 in part]) for part in (_THRESHOLD, _REPORT)),
         )
-        fitted.append(fit_low_rank(ffn.gate, ffn.activation, parts, settings))
-    return fitted
+        return fit_low_rank(ffn.gate, ffn.activation, parts, settings)
+
+    _check_count("low_rank", sequences)
+    return _fit_layers(model, sequences, fit, progress)
 
 
 def fit_sign_predictors(
-    model: Transformer,
-    sequences: Sequence[torch.Tensor],
-    recall: float,
-    progress: Callable[[str], None] = lambda _: None,
+    model: Transformer, sequences: Sequence[torch.Tensor], recall: float, progress: Progress = lambda _: None
 ) -> list[SignBits]:
     """SignBits for every layer of a dense ReLU model, from its own inputs on sequences int64 [T].
 
-    Three quarters of the sequences set the thresholds, a quarter measures what is reached; a
-    sequence's first token counts for neither. ValueError as for `fit_low_rank_predictors`.
+    Three quarters of the sequences set the thresholds, a quarter measures what is reached.
+    ValueError as for `fit_low_rank_predictors`.
     """
+
+    def fit(ffn: DenseFFN, inputs: list[torch.Tensor]) -> SignBits:
+        seen, held_out = (
+            _later([x for i, x in enumerate(inputs) if (i % 4 in _REPORT) == report]) for report in (False, True)
+        )
+        return fit_sign_bits(ffn.gate, ffn.activation, seen, held_out, recall)
+
+    _check_count("sign_bits", sequences)
+    return _fit_layers(model, sequences, fit, progress)
+
+
+def _later(inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The inputs [T, D] of several sequences together, without their first tokens, whose activations are outliers."""
+    return torch.cat([x[1:] for x in inputs])
+
+
+def _check_count(method: str, sequences: Sequence[torch.Tensor]) -> None:
+    if len(sequences) < LEAST_SEQUENCES:
+        raise ValueError(f"{method} is calibrated on at least {LEAST_SEQUENCES} sequences, not {len(sequences)}")
+
+
+def _fit_layers(
+    model: Transformer,
+    sequences: Sequence[torch.Tensor],
+    fit: Callable[[DenseFFN, list[torch.Tensor]], P],
+    progress: Progress,
+) -> list[P]:
+    """What `fit` makes of each layer's dense FFN and its inputs [T, D] for each sequence, one layer at a time."""
     _check_dense(model)
-    if len(sequences) < 4 or any(len(tokens) < 2 for tokens in sequences):
-        raise ValueError("sign_bits is calibrated on at least 4 sequences of at least 2 tokens")
+    if any(len(tokens) < 2 for tokens in sequences):
+        raise ValueError("calibration needs sequences of at least 2 tokens")
     fitted = []
     for layer, (ffn, inputs) in enumerate(ffn_inputs(model, sequences), 1):
         progress(f"fitting predictors, layer {layer} of {model.config.n_layers}")
-        seen, held_out = (
-            torch.cat([x[1:] for i, x in enumerate(inputs) if (i % 4 in _REPORT) == report]) for report in (False, True)
-        )
-        fitted.append(fit_sign_bits(ffn.gate, ffn.activation, seen, held_out, recall))
+        fitted.append(fit(ffn, inputs))
     return fitted
 
 

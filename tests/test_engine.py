@@ -12,7 +12,6 @@ import torch
 
 from pinfer.config import RunConfig, SamplingConfig
 from pinfer.engine import Engine, Generation, load, load_engine, prepared
-from pinfer.engine.load import calibration_sequences, calibration_tokens
 from pinfer.engine.step import DecodeStep
 from pinfer.kernels import ops, planes
 from pinfer.kernels.cpp import core_problem
@@ -82,7 +81,7 @@ def test_triton_has_its_weights_laid_out_when_loaded(
     tmp_path: Path, family: str, method: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
-    made_once = (load, "calibrate_gate_thresholds"), (load, "fit_low_rank_predictors"), (prepared, "transpose_weights")
+    made_once = (load, "fit_predictors"), (prepared, "transpose_weights")
     for module, name in made_once:
         monkeypatch.setattr(module, name, on_the_reference(getattr(module, name)))
     write = write_tiny_llama if family == "llama" else write_tiny_gemma3  # gemma3's head is its embedding
@@ -304,31 +303,6 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path: Path) -> No
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"tokenizer has 264 tokens|token_embd"):
         load_engine(RunConfig(model=str(path)))
-
-
-def test_calibration_tokens_come_from_all_over_the_text(llama: Path) -> None:
-    tokenizer = load_engine(RunConfig(model=str(llama))).tokenizer
-    text = "a" * 300 + "b" * 300 + "c" * 300 + "d" * 300
-    tokens = calibration_tokens(tokenizer, text, 41)
-    assert len(tokens) <= 41
-    assert set(tokenizer.decode(tokens.tolist())) == set("abcd")
-    short = calibration_tokens(tokenizer, "abc", 100)
-    assert tokenizer.decode(short.tolist()) == "abc"
-    assert len(calibration_tokens(tokenizer, text, 4)) == 4
-    with pytest.raises(ValueError, match="at least"):
-        calibration_tokens(tokenizer, text, 3)
-
-
-def test_calibration_sequences_come_from_all_over_the_text(llama: Path) -> None:
-    tokenizer = load_engine(RunConfig(model=str(llama))).tokenizer
-    text = "".join(letter * 50 for letter in "abcdefgh")
-    sequences = calibration_sequences(tokenizer, text, 30)
-    assert [tokenizer.decode(tokens.tolist()) for tokens in sequences] == [letter * 30 for letter in "abcdefgh"]
-    short = calibration_sequences(tokenizer, "abcdefgh" * 2, 30)
-    assert [len(tokens) for tokens in short] == [2] * 8
-    for text, length in (("abcdefgh" * 2, 1), ("abc", 30)):
-        with pytest.raises(ValueError, match="at least 2 tokens"):
-            calibration_sequences(tokenizer, text, length)
 
 
 def test_low_rank_generates_and_says_what_it_reaches(llama: Path) -> None:

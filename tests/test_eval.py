@@ -18,7 +18,7 @@ from pinfer.cli.main import BAD_INPUT, OK
 from pinfer.cli.main import run as cli
 from pinfer.config import RunConfig
 from pinfer.engine import load_engine
-from pinfer.engine.load import CALIBRATION_TEXT, EVALUATION_TEXT
+from pinfer.engine.text import CALIBRATION_TEXT, EVALUATION_TEXT
 from pinfer.formats.gguf import GGUFFile
 from pinfer.formats.model_config import model_config
 from pinfer.kernels.activation import ACTIVATIONS

@@ -72,7 +72,7 @@ def test_drelu_clamps_gate_and_up(predicted: str, tokens: int) -> None:
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_gate_threshold_equals_masked_dense(activation: str, tokens: int) -> None:
     _, weights = random_ffn(activation)
-    sparse = SparseFFN(weights, GateThreshold(weights.gate, activation, 0.12), activation)
+    sparse = SparseFFN(weights, GateThreshold(weights.gate, activation, torch.tensor([0.12])), activation)
     x = torch.randn(tokens, WIDTH)
     gate, up, down = (w.blocks.view(torch.float32) for w in (weights.gate, weights.up, weights.down))
     hidden = activate(activation, x @ gate.T)
@@ -105,14 +105,17 @@ def test_a_gate_is_computed_compared_and_listed_in_one_op(backend: str) -> None:
 
     x = torch.randn(1, WIDTH)
     with use_backend(backend), observe_ops(observer):
-        for predictor in (ExactPredictor(weights.gate, "relu"), GateThreshold(weights.gate, "relu", 0.1)):
+        for predictor in (
+            ExactPredictor(weights.gate, "relu"),
+            GateThreshold(weights.gate, "relu", torch.tensor([0.1])),
+        ):
             predictor(x, x)
     assert seen == ["threshold_matmul", "threshold_matmul"]
 
 
 def test_nothing_active_gives_zeros() -> None:
     _, weights = random_ffn("silu")
-    sparse = SparseFFN(weights, GateThreshold(weights.gate, "silu", 1e9), "silu")
+    sparse = SparseFFN(weights, GateThreshold(weights.gate, "silu", torch.tensor([1e9])), "silu")
     for tokens in (1, 4, 20):
         x = torch.randn(tokens, WIDTH)
         assert torch.equal(sparse(x, x), torch.zeros(tokens, WIDTH))

@@ -374,8 +374,8 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     from pinfer.engine import load as module
 
     calls: list[int] = []
-    fit = module.fit_low_rank_predictors
-    monkeypatch.setattr(module, "fit_low_rank_predictors", lambda *given: calls.append(1) or fit(*given))
+    fit = module.fit_predictors
+    monkeypatch.setattr(module, "fit_predictors", lambda *given: calls.append(1) or fit(*given))
     return calls
 
 

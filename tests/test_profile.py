@@ -24,8 +24,9 @@ from pinfer.engine import Engine, load_engine
 from pinfer.engine.checkpoint import FOLDER
 from pinfer.engine.manifest import MANIFEST
 from pinfer.engine.measure import estimate_profile, measure_layer
-from pinfer.engine.profile import MIN_TOKENS, Profile, Text, Watcher, cut, profile
+from pinfer.engine.profile import Profile, Watcher, profile
 from pinfer.engine.solved import ACTIVATIONS, Solved
+from pinfer.engine.text import MIN_TOKENS, Text, cut
 from pinfer.ffn import DenseFFN
 from pinfer.kernels.activation import hidden_of
 from pinfer.kernels.ops import dequantize, quant_matmul

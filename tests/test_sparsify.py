@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -59,10 +60,10 @@ def test_hybrid_gives_the_dense_logits(relu_path: Path, cold_fraction: float) ->
 def test_calibrated_threshold_reaches_its_sparsity_on_its_own_text(gelu_path: Path, sparsity: float) -> None:
     model = load(gelu_path)
     with torch.inference_mode():
-        thresholds = S.calibrate_gate_thresholds(model, TOKENS, sparsity)
-    assert len(thresholds) == model.config.n_layers
+        fitted = S.fit_gate_threshold_predictors(model, [TOKENS])
+    assert len(fitted) == model.config.n_layers
     assert all(isinstance(ffn, DenseFFN) for ffn in model.ffns()), "calibration must not change the model"
-    S.sparsify(model, S.gate_threshold_predictors(thresholds))
+    S.sparsify(model, S.fitted_predictors([one.at_density(1 - sparsity) for one in fitted]))
     with torch.inference_mode():
         model(TOKENS, model.new_cache())
     # The first layer sees the inputs it was calibrated on, all but the first token.
@@ -72,8 +73,8 @@ def test_calibrated_threshold_reaches_its_sparsity_on_its_own_text(gelu_path: Pa
 def test_sparsity_zero_keeps_every_neuron(gelu_path: Path) -> None:
     model = load(gelu_path)
     with torch.inference_mode():
-        thresholds = S.calibrate_gate_thresholds(model, TOKENS, 0.0)
-    S.sparsify(model, S.gate_threshold_predictors(thresholds))
+        fitted = S.fit_gate_threshold_predictors(model, [TOKENS])
+    S.sparsify(model, S.fitted_predictors([one.at_density(1.0) for one in fitted]))
     torch.testing.assert_close(logits(model), logits(load(gelu_path)), rtol=1e-4, atol=1e-4)
     assert S.density(model) == 1.0
 
@@ -99,9 +100,9 @@ def test_what_cannot_be_sparsified_says_so(relu_path: Path, gelu_path: Path) -> 
     with pytest.raises(ValueError, match="layer 0 is not dense"):
         S.sparsify(sparse, S.exact_predictors)
     with pytest.raises(ValueError, match="sparse already"):
-        S.calibrate_gate_thresholds(sparse, TOKENS, 0.5)
+        S.fit_gate_threshold_predictors(sparse, [TOKENS])
     with pytest.raises(ValueError, match="at least 2 tokens"):
-        S.calibrate_gate_thresholds(load(relu_path), TOKENS[:1], 0.5)
+        S.fit_gate_threshold_predictors(load(relu_path), [TOKENS[:1]])
 
 
 @pytest.mark.parametrize(
@@ -110,8 +111,8 @@ def test_what_cannot_be_sparsified_says_so(relu_path: Path, gelu_path: Path) -> 
         ("auto", "relu", None, "exact"),
         ("auto", "drelu", None, "exact"),
         ("auto", "silu", None, "dense"),
-        ("auto", "silu", 0.5, "gate_threshold"),
-        ("auto", "relu", 0.5, "gate_threshold"),
+        ("auto", "silu", 0.5, "shift_threshold"),
+        ("auto", "relu", 0.5, "weighted_threshold"),
         ("dense", "relu", None, "dense"),
         ("gate_threshold", "gelu_tanh", 0.0, "gate_threshold"),
         ("low_rank", "relu", None, "low_rank"),
@@ -119,19 +120,23 @@ def test_what_cannot_be_sparsified_says_so(relu_path: Path, gelu_path: Path) -> 
         ("low_rank", "silu", 0.5, "low_rank"),
     ],
 )
-def test_auto_method(method, activation: str, sparsity: float | None, expected: str) -> None:
-    assert S.resolve_method(method, activation, sparsity) == expected
+def test_auto_method(relu_path: Path, method, activation: str, sparsity: float | None, expected: str) -> None:
+    config = dataclasses.replace(load(relu_path).config, activation=activation)
+    assert S.resolve_method(method, config, sparsity) == expected
+    if expected in ("shift_threshold", "weighted_threshold"):  # which rank by up products
+        assert S.resolve_method(method, dataclasses.replace(config, gated=False), sparsity) == "gate_threshold"
 
 
 @pytest.mark.parametrize(("method", "sparsity"), [("gate_threshold", None), ("exact", 0.5), ("dense", 0.5)])
-def test_contradictory_settings_are_refused(method, sparsity: float | None) -> None:
+def test_contradictory_settings_are_refused(relu_path: Path, method, sparsity: float | None) -> None:
     with pytest.raises(ValueError, match="sparsity"):
-        S.resolve_method(method, "relu", sparsity)
+        S.resolve_method(method, load(relu_path).config, sparsity)
 
 
-def test_low_rank_without_relu_needs_a_sparsity() -> None:
+def test_low_rank_without_relu_needs_a_sparsity(relu_path: Path) -> None:
+    config = dataclasses.replace(load(relu_path).config, activation="silu")
     with pytest.raises(ValueError, match="method low_rank needs a sparsity for a model whose activation is silu"):
-        S.resolve_method("low_rank", "silu", None)
+        S.resolve_method("low_rank", config, None)
 
 
 @pytest.mark.parametrize("family", ["relu", "gelu"])

@@ -16,7 +16,7 @@ from pinfer.ffn import FFNWeights, HybridFFN, SparseFFN
 from pinfer.kernels.activation import activate
 from pinfer.kernels.dequantize.reference import dequantize
 from pinfer.models import KVCache
-from pinfer.predictors import FFNMatrices, GateThreshold, WeightedThreshold, fit_weighted_threshold, gate_threshold_for
+from pinfer.predictors import FFNMatrices, Predictor, WeightedThreshold, fit_gate_threshold, fit_weighted_threshold
 from pinfer.predictors.weighted_threshold import compensation_of
 from pinfer.quant import Q8_0, QuantTensor
 from tests.gguf_files import write_tiny_gemma3
@@ -47,12 +47,12 @@ class Layer:
         pre, up = x.double() @ self.gate.double().T, x.double() @ self.up.double().T
         return (activate(self.ffn.activation, pre) * up) @ self.down.double().T
 
-    def sparse(self, predictor: WeightedThreshold | GateThreshold) -> SparseFFN:
+    def sparse(self, predictor: Predictor) -> SparseFFN:
         down = QuantTensor.from_dense(self.down.T.contiguous())
         return SparseFFN(FFNWeights(self.ffn.gate, self.ffn.up, down), predictor, self.ffn.activation)
 
     def fit(self, sparsity: float, *, shifted: bool = True) -> WeightedThreshold:
-        return fit_weighted_threshold(self.ffn, self.calibration, sparsity, shifted=shifted)
+        return fit_weighted_threshold(self.ffn, self.calibration, shifted=shifted).at_density(1 - sparsity)
 
 
 def error(result: torch.Tensor, expected: torch.Tensor) -> float:
@@ -106,9 +106,7 @@ def test_with_every_neuron_kept_it_is_the_dense_ffn() -> None:
 def test_weights_help_and_the_shift_helps_more() -> None:
     layer = Layer()
     x, sparsity = layer.inputs(200), 0.6
-    cats = GateThreshold(
-        layer.ffn.gate, "silu", gate_threshold_for(layer.calibration, layer.ffn.gate, "silu", sparsity)
-    )
+    cats = fit_gate_threshold(layer.ffn.gate, "silu", layer.calibration).at_density(1 - sparsity)
     errors = [
         error(layer.sparse(one)(x, x), layer.dense(x))
         for one in (cats, layer.fit(sparsity, shifted=False), layer.fit(sparsity))
@@ -162,8 +160,8 @@ def test_a_model_runs_by_it(tmp_path: Path, method: str, cold_fraction: float) -
 
 def test_bad_settings_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layer = Layer()
-    for sparsity in (-0.1, 1.0, float("nan")):
-        with pytest.raises(ValueError, match="must lie in"):
+    for sparsity in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="does not lie in"):
             layer.fit(sparsity)
     layer.calibration[3, 4] = torch.nan
     with pytest.raises(ValueError, match="not finite"):

@@ -19,7 +19,7 @@ from pinfer.benchmark.report import Report, Spread, Turn, contestant_report
 from pinfer.benchmark.weight_bytes import StepBytes
 from pinfer.config import Method, RunConfig
 from pinfer.engine import SHIPPED_MODEL
-from pinfer.engine.load import CALIBRATION_TEXT
+from pinfer.engine.text import CALIBRATION_TEXT
 from pinfer.formats.gguf import GGUFFile
 from pinfer.formats.model_config import check_tensors, model_config
 from pinfer.formats.tokenizer import load_tokenizer
@@ -131,7 +131,8 @@ def _subject(settings: Settings) -> _Subject:
                 f"{name} {value} does not fit the model's context of {config.context_length}: "
                 f"at most {max(0, limits[name])}"
             )
-    method = resolve_method(run.method, run.activation or config.activation, run.sparsity)
+    config = dataclasses.replace(config, activation=run.activation or config.activation)
+    method = resolve_method(run.method, config, run.sparsity)
     return _Subject(path, method, StepBytes.of(gguf), _tokens(gguf, settings.context))
 
 

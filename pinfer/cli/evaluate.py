@@ -30,8 +30,8 @@ from pinfer.cli.generate import (
 from pinfer.config import RunConfig
 from pinfer.engine import Engine, load_engine
 from pinfer.engine.generate import peak_rss_bytes
-from pinfer.engine.load import EVALUATION_TEXT
 from pinfer.engine.mapped import fingerprint
+from pinfer.engine.text import EVALUATION_TEXT
 from pinfer.quality import (
     Window,
     WindowScores,
@@ -113,7 +113,7 @@ def evaluate_command(
     content = read_prompt(None, str(EVALUATION_TEXT) if text is None else text)
     assert content is not None  # a file was named
     dense = load_engine(dataclasses.replace(run, method="dense", sparsity=None, cold_fraction=0.0), note)
-    run = dataclasses.replace(run, method=resolve_method(method, dense.config.activation, sparsity))
+    run = dataclasses.replace(run, method=resolve_method(method, dense.config, sparsity))
     passage = _passage(dense, text, content, (window, stride, windows))
     started = time.perf_counter()
     # `load_engine` refuses a cold fraction of a dense run.

@@ -24,8 +24,9 @@ from pinfer.config import RunConfig
 from pinfer.engine import Engine, load_engine
 from pinfer.engine.generate import peak_rss_bytes
 from pinfer.engine.measure import Estimate, estimate_profile
-from pinfer.engine.profile import DEFAULT_TOKENS, Profile, Text, Watcher, cut, profile
+from pinfer.engine.profile import DEFAULT_TOKENS, Profile, Watcher, profile
 from pinfer.engine.solved import Solved
+from pinfer.engine.text import Text, cut
 from pinfer.placement.statistics import LayerStatistics
 
 Output = Annotated[

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,19 @@ import torch
 
 from pinfer.config import Method, ModelConfig, RunConfig
 from pinfer.engine.cores import default_threads, place_threads
+from pinfer.engine.fitting import (
+    FitSettings,
+    fit_predictors,
+    fit_settings_key,
+    gates_of,
+    kept_densities,
+    kept_method,
+    kept_predictors,
+    sequences_to_fit_on,
+)
 from pinfer.engine.prepared import Prepared
+from pinfer.engine.solved import Solved
+from pinfer.engine.text import ASSETS, Text
 from pinfer.formats.gguf import GGUFFile
 from pinfer.formats.model_config import check_tensors, model_config
 from pinfer.formats.tokenizer import Tokenizer, load_tokenizer
@@ -22,38 +33,25 @@ from pinfer.kernels.planes import repack
 from pinfer.kernels.registry import backend_on, check_backend, use_backend, use_int8
 from pinfer.models import Transformer, build_model, replace_weights
 from pinfer.placement import Plan
-from pinfer.predictors import LowRank, LowRankSettings, SignBits, WeightedThreshold
+from pinfer.predictors import Predictor
 from pinfer.sparsify import (
+    THRESHOLDED,
     PredictorMaker,
-    calibrate_gate_thresholds,
     down_error,
     exact_predictors,
-    fit_low_rank_predictors,
-    fit_sign_predictors,
-    fit_weighted_predictors,
     fitted_predictors,
-    gate_threshold_predictors,
     predictor_qualities,
     resolve_method,
     sparsify,
 )
 
-ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED_MODEL = ASSETS / "pinfer-tiny-q8_0.gguf"
-CALIBRATION_TEXT = ASSETS / "calibration.txt"
-EVALUATION_TEXT = ASSETS / "evaluation.txt"  # neither trained nor calibrated on
 
 DEFAULT_CONTEXT = 4096
 # A second thread costs a small model more than it brings: the shipped one (7.5 MB) decodes at 2,850
 # tokens/s on one thread and 2,600 on two, and at 300 to 430 on two where another program runs.
 ONE_THREAD_BELOW_BYTES = 32e6
 MAX_TOKEN_BYTES = 256  # no token of a known vocabulary is longer
-CALIBRATION_TOKENS = 1024
-CALIBRATION_EXCERPTS = 4  # spread over the text, which changes its subject as it goes
-# Fitting wants more tokens than some contexts hold, so it gets sequences. Twice as many take a tenth
-# off the neurons that low_rank names beside the active ones, and twice the time.
-FIT_SEQUENCES, FIT_TOKENS = 8, 256
-WEIGHTED_SEQUENCES = 16
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,8 @@ def load_engine(run: RunConfig, progress: Callable[[str], None] = lambda _: None
     check_tensors(gguf, config)
     if run.activation is not None:
         config = dataclasses.replace(config, activation=run.activation)
-    method = resolve_method(run.method, config.activation, run.sparsity)
+    solved = None if run.predictor_path is None else Solved.open(run.predictor_path, gguf)
+    method = _method(run, config, solved)
     if method == "dense" and run.cold_fraction:
         raise ValueError(f"cold_fraction {run.cold_fraction:g} has no meaning for the dense method")
     tokenizer = load_tokenizer(gguf.metadata)
@@ -126,9 +125,19 @@ def load_engine(run: RunConfig, progress: Callable[[str], None] = lambda _: None
     check_backend(run.backend, model.embedding.device)
     prepared = Prepared(gguf, config, progress)
     with engine.computing():
-        _make_sparse(engine, prepared)
+        _make_sparse(engine, prepared, solved)
         _lay_out(model)
     return dataclasses.replace(engine, notes=(*remarks, *prepared.notes, *_notes(engine)))
+
+
+def _method(run: RunConfig, config: ModelConfig, solved: Solved | None) -> Method:
+    """What the run's method means for this model, or for the predictors that it is given."""
+    if solved is None:
+        return resolve_method(run.method, config, run.sparsity)
+    method = kept_method(solved, run.method)
+    if run.sparsity is not None and method not in THRESHOLDED:
+        raise ValueError(f"sparsity {run.sparsity:g} has no meaning for {method} predictors that are fitted already")
+    return method
 
 
 def _context(asked: int | None, config: ModelConfig) -> int:
@@ -162,94 +171,42 @@ def _lay_out(model: Transformer) -> None:
         replace_weights(model, repack)
 
 
-def _make_sparse(engine: Engine, prepared: Prepared) -> None:
+def _make_sparse(engine: Engine, prepared: Prepared, solved: Solved | None) -> None:
     if engine.method == "dense":
         return
     config, run = engine.config, engine.run
     plan = Plan.uniform(config.n_layers, config.d_ffn, run.cold_fraction) if run.cold_fraction else None
-    sparsify(engine.model, _predictors(engine, prepared), plan, prepared.downs())
+    sparsify(engine.model, _predictors(engine, prepared, solved), plan, prepared.downs())
 
 
-def _predictors(engine: Engine, prepared: Prepared) -> PredictorMaker:
+def _predictors(engine: Engine, prepared: Prepared, solved: Solved | None) -> PredictorMaker:
     if engine.method == "exact":
         return exact_predictors
-    if engine.method == "low_rank":
-        return fitted_predictors(_low_rank(engine, prepared))
-    if engine.method == "sign_bits":
-        return fitted_predictors(_sign_bits(engine))
-    assert engine.run.sparsity is not None
-    engine.progress("calibrating thresholds on the shipped text")
-    if engine.method != "gate_threshold":
-        return fitted_predictors(_weighted(engine))
-    _lay_out(engine.model)
-    text = CALIBRATION_TEXT.read_text(encoding="utf-8")
-    tokens = calibration_tokens(engine.tokenizer, text, min(CALIBRATION_TOKENS, engine.config.context_length))
-    return gate_threshold_predictors(calibrate_gate_thresholds(engine.model, tokens, engine.run.sparsity))
+    densities = None
+    if solved is None:
+        fitted = _fitted(engine, prepared)
+    else:
+        fitted, densities = kept_predictors(solved, engine.model), kept_densities(solved)
+    if engine.run.sparsity is not None and engine.method in THRESHOLDED:
+        densities = [1 - engine.run.sparsity] * len(fitted)
+    if densities is not None:
+        fitted = [one.at_density(density) for one, density in zip(fitted, densities, strict=True)]
+    elif engine.method in THRESHOLDED:
+        assert solved is not None  # `resolve_method` asks for a sparsity
+        raise ValueError(f"{solved.path}: its predictors were never calibrated: give a sparsity, or run pinfer solve")
+    return fitted_predictors(fitted)
 
 
-def _sign_bits(engine: Engine) -> list[SignBits]:
-    return fit_sign_predictors(engine.model, _to_fit_on(engine), engine.run.recall, engine.progress)
+def _fitted(engine: Engine, prepared: Prepared) -> Sequence[Predictor]:
+    """Fitted on the shipped text, or read from where an earlier run kept them beside the model."""
+    how = FitSettings.of(engine.run, engine.method)
+    how.check(engine.config)
+    sequences = sequences_to_fit_on(engine.method, engine.tokenizer, Text.read(None), engine.config.context_length)
 
-
-def _to_fit_on(engine: Engine, count: int = FIT_SEQUENCES) -> list[torch.Tensor]:
-    """Sequences of the shipped text, for the dense model, whose weights are laid out for it."""
-    _lay_out(engine.model)
-    text = CALIBRATION_TEXT.read_text(encoding="utf-8")
-    return calibration_sequences(engine.tokenizer, text, min(FIT_TOKENS, engine.config.context_length), count)
-
-
-def _weighted(engine: Engine) -> list[WeightedThreshold]:
-    sequences = _to_fit_on(engine, WEIGHTED_SEQUENCES)
-    assert engine.run.sparsity is not None
-    shifted = engine.method == "shift_threshold"
-    return fit_weighted_predictors(
-        engine.model, sequences, engine.run.sparsity, shifted=shifted, progress=engine.progress
-    )
-
-
-def _low_rank(engine: Engine, prepared: Prepared) -> list[LowRank]:
-    """Fitted on the shipped text, or read from where an earlier run kept them."""
-    run, config = engine.run, engine.config
-    settings = LowRankSettings(run.predictor_rank, run.recall, run.sparsity)
-    settings.check(config.activation, config.d_ffn, config.d_model)
-    text = CALIBRATION_TEXT.read_text(encoding="utf-8")
-
-    def fit() -> list[LowRank]:
+    def fit() -> Sequence[Predictor]:
         engine.progress("fitting predictors on the shipped text")
-        return fit_low_rank_predictors(engine.model, _to_fit_on(engine), settings, prepared.progress)
+        _lay_out(engine.model)
+        return fit_predictors(engine.model, how, sequences, prepared.progress)
 
-    key = dataclasses.asdict(settings) | {
-        "activation": config.activation,
-        "int8": engine.int8,
-        "text": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "sequences": [FIT_SEQUENCES, FIT_TOKENS],
-    }
-    return prepared.low_rank(key, fit)
-
-
-def calibration_sequences(
-    tokenizer: Tokenizer, text: str, length: int, count: int = FIT_SEQUENCES
-) -> list[torch.Tensor]:
-    """`count` excerpts from all over the text, int64 [<= length] each, opened by BOS where the model uses one."""
-    start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-    ids = tokenizer.encode(text, add_bos=False)
-    step = min(length - len(start), len(ids) // count)
-    if step < 2:
-        raise ValueError(
-            f"calibration needs sequences of at least 2 tokens beside the opening one: "
-            f"the context is {length}, the text has {len(ids)} for {count} of them"
-        )
-    stride = len(ids) // count
-    return [torch.tensor(start + ids[at : at + step]) for at in range(0, count * stride, stride)]
-
-
-def calibration_tokens(tokenizer: Tokenizer, text: str, length: int) -> torch.Tensor:
-    """int64 [<= length]: BOS where the model uses one, then excerpts from all over the text."""
-    start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-    ids = tokenizer.encode(text, add_bos=False)
-    if length - len(start) < CALIBRATION_EXCERPTS:
-        raise ValueError(f"calibration needs at least {CALIBRATION_EXCERPTS + len(start)} tokens, not {length}")
-    step = (length - len(start)) // CALIBRATION_EXCERPTS
-    stride = max(step, len(ids) // CALIBRATION_EXCERPTS)
-    excerpts = [ids[at : at + step] for at in range(0, len(ids), stride)][:CALIBRATION_EXCERPTS]
-    return torch.tensor(start + [token for excerpt in excerpts for token in excerpt])
+    key = fit_settings_key(how, engine.config, sequences, engine.int8)
+    return prepared.predictors(engine.method, key, fit, gates_of(engine.model))

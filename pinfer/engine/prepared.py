@@ -1,7 +1,7 @@
 """What is made of a model once and then kept beside it: its transposed `down`, its fitted predictors.
 
 `<model>.pinfer-down.gguf` holds `blk.N.ffn_down_t.weight` [N, D], row i being neuron i's (PowerInfer's
-name and layout); `<model>.pinfer-low-rank-<settings>.safetensors` holds LowRank predictors. Where the
+name and layout); `<model>.pinfer-<method>-<settings>.safetensors` holds fitted predictors. Where the
 model's folder cannot be written, they lie in the user's cache folder under the model's fingerprint.
 Models below CACHE_FROM_BYTES are prepared in memory at each start, as all are with PINFER_NO_CACHE=1.
 
@@ -22,7 +22,7 @@ import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -40,7 +40,7 @@ from pinfer.files import temporary
 from pinfer.formats.gguf import GGUFFile
 from pinfer.kernels.cpp.build import cache_folder
 from pinfer.kernels.transpose import transpose_weights
-from pinfer.predictors import LowRank
+from pinfer.predictors import GateOf, Packed, Predictor, pack, unpack
 from pinfer.predictors.low_rank import stored_type
 from pinfer.quant import F32, QuantTensor, QuantType
 from pinfer.sparsify import DownMaker
@@ -85,13 +85,15 @@ class Prepared:
             release_pages(self._source(layer))
         return found
 
-    def low_rank(self, settings: dict[str, Any], fit: Callable[[], list[LowRank]]) -> list[LowRank]:
-        """The predictors that `fit` makes under `settings` (plain data): from their file, or fitted and then kept."""
+    def predictors(
+        self, method: str, settings: dict[str, Any], fit: Callable[[], Sequence[Predictor]], gates: Sequence[GateOf]
+    ) -> Sequence[Predictor]:
+        """What `fit` makes under `settings` (plain data), for those gates: from their file, or fitted and then kept."""
         if not self._kept:
             return fit()
         key = json.dumps(settings, sort_keys=True)
-        suffix = f".pinfer-low-rank-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
-        found = self._find(suffix, lambda path: self._open_low_rank(path, key))
+        suffix = f".pinfer-{method.replace('_', '-')}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
+        found = self._find(suffix, lambda path: self._open_predictors(path, key, gates))
         if found is not None:
             return found
         fitted = fit()
@@ -220,18 +222,12 @@ class Prepared:
                 os.utime(path, ns=(sealed_ns, sealed_ns))
         return lambda layer, _: (downs[layer], errors[layer])
 
-    def _open_low_rank(self, path: Path, key: str) -> list[LowRank]:
+    def _open_predictors(self, path: Path, key: str, gates: Sequence[GateOf]) -> list[Predictor]:
         metadata, tensors = _unpack(path.read_bytes())
         self._check_stamp(int(metadata["format"]), metadata["fingerprint"])
         if metadata["settings"] != key:
             raise ValueError("it was made under other settings")
-        predictors = []
-        for layer, rest in enumerate(json.loads(metadata["layers"])):
-            named = {name: tensors[f"blk.{layer}.{name}"] for name in ("first", "second", "threshold")}
-            predictors.append(LowRank.from_parts(named, rest, self._config.d_model, self._config.activation))
-        if [one.second.rows for one in predictors] != [self._config.d_ffn] * self._config.n_layers:
-            raise ValueError("its tensors are not those of this model")
-        return predictors
+        return unpack(Packed(tensors, json.loads(metadata["layers"])), gates)
 
     def _check_stamp(self, version: int, of_model: str) -> None:
         if version != FORMAT:
@@ -255,11 +251,13 @@ def _said(problem: Exception, path: Path | None = None) -> str:
     return str(problem) if path is None or str(path) in str(problem) else f"{path}: {problem}"
 
 
-def _pack(predictors: list[LowRank], metadata: dict[str, str]) -> bytes:
+def _pack(predictors: Sequence[Predictor], metadata: dict[str, str]) -> bytes:
     """A safetensors file whose metadata gains what is no tensor, and a checksum of the whole file."""
-    parts = [predictor.parts() for predictor in predictors]
-    tensors = {f"blk.{layer}.{name}": one for layer, (named, _) in enumerate(parts) for name, one in named.items()}
-    content = save_safetensors(tensors, metadata | {"layers": json.dumps([rest for _, rest in parts]), "sha256": BLANK})
+    tensors, layers = pack(predictors)
+    content = save_safetensors(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        metadata | {"layers": json.dumps(layers), "sha256": BLANK},
+    )
     return content.replace(BLANK.encode(), hashlib.sha256(content).hexdigest().encode(), 1)
 
 

@@ -40,7 +40,8 @@ from pinfer.files import leftovers, write_atomically
 from pinfer.formats.gguf import GGUFFile
 
 LOCK = ".lock"
-ACTIVATIONS, PREDICTOR, PLAN = "activations.safetensors", "predictor.safetensors", "plan.json"
+ACTIVATIONS, PREDICTOR = "activations.safetensors", "predictor.safetensors"
+CALIBRATION, PLAN = "calibration.json", "plan.json"
 
 
 class Solved:

@@ -1,26 +1,33 @@
 """Predictors say which neurons to compute; one file each."""
 
 from pinfer.predictors.base import Prediction, Predictor, PredictorQuality
+from pinfer.predictors.cuts import Cuts
 from pinfer.predictors.exact import ExactPredictor
-from pinfer.predictors.gate_threshold import GateThreshold, gate_threshold_for
+from pinfer.predictors.gate_threshold import GateThreshold, fit_gate_threshold
 from pinfer.predictors.low_rank import CalibrationInputs, LowRank, LowRankSettings, fit_low_rank
 from pinfer.predictors.sign_bits import SignBits, fit_sign_bits
+from pinfer.predictors.stored import GateOf, Packed, pack, unpack
 from pinfer.predictors.weighted_threshold import FFNMatrices, WeightedThreshold, fit_weighted_threshold
 
 __all__ = [
     "CalibrationInputs",
+    "Cuts",
     "ExactPredictor",
     "FFNMatrices",
+    "GateOf",
     "GateThreshold",
     "LowRank",
     "LowRankSettings",
+    "Packed",
     "Prediction",
     "Predictor",
     "PredictorQuality",
     "SignBits",
     "WeightedThreshold",
+    "fit_gate_threshold",
     "fit_low_rank",
     "fit_sign_bits",
     "fit_weighted_threshold",
-    "gate_threshold_for",
+    "pack",
+    "unpack",
 ]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from pinfer.kernels.select_active import Active
+from pinfer.predictors.cuts import Cuts
 from pinfer.quant import QuantTensor
+
+P = TypeVar("P", bound="Predictor")
 
 
 class Prediction(NamedTuple):
@@ -51,12 +55,17 @@ class Predictor(nn.Module, ABC):
     """Chooses neurons for one layer's FFN.
 
     quality:      what it reached on held-out tokens, where it was fitted to a recall.
+    density:      the share of neurons that it was set to name, where that is known.
+    cuts:         its thresholds by density, where it has such; `threshold` is then one of them.
     compensation: QuantTensor [D, D] or None; what it makes of x stands for the neurons left out.
     opens_dense:  whether a sequence's first token is computed whole. Its activations are outliers
                   that later tokens attend to, and thresholds for the others fit it badly.
     """
 
+    threshold: torch.Tensor
     quality: PredictorQuality | None = None
+    density: float | None = None
+    cuts: Cuts | None = None
     compensation: QuantTensor | None = None
     opens_dense = False
 
@@ -72,8 +81,24 @@ class Predictor(nn.Module, ABC):
     @property
     def expected_density(self) -> float | None:
         """The share of neurons that a prediction will name, for kernels tuned by density; None if nobody knows."""
-        return None if self.quality is None else self.quality.density
+        return self.quality.density if self.density is None and self.quality is not None else self.density
+
+    def at_density(self: P, density: float) -> P:
+        """The same predictor, its weights shared, set to name a share `density` in [0, 1] of the neurons.
+
+        ValueError for one without thresholds to move.
+        """
+        if self.cuts is None:
+            raise ValueError(f"{type(self).__name__} has no threshold to set a density of {density:g} by")
+        other = copy.copy(self)
+        other.threshold, other.density, other.quality = self.cuts.threshold(density), density, None
+        return other
 
     @abstractmethod
     def shard(self, neurons: torch.Tensor) -> Predictor:
-        """The same predictor for some of the neurons (int64 [H]), numbered in that order, without compensation."""
+        """The same predictor for some of the neurons (int64 [H]), numbered in that order, without compensation or cuts."""
+
+
+def share_of(named: torch.Tensor, active: torch.Tensor) -> float:
+    """Share of the active (token, neuron) pairs, bool [T, N], that are named; 1 where none is active."""
+    return float((named & active).sum() / active.sum()) if bool(active.any()) else 1.0

@@ -11,31 +11,28 @@ import torch
 from pinfer.kernels.activation import activate
 from pinfer.kernels.ops import quant_matmul, threshold_matmul
 from pinfer.predictors.base import Prediction, Predictor
+from pinfer.predictors.cuts import Cuts
 from pinfer.quant import QuantTensor
-
-KEEP_ALL = -1.0  # no |act| is below it
 
 
 class GateThreshold(Predictor):
-    """gate: QuantTensor [N, D]; threshold: neurons with |act(g · x)| above it are computed (KEEP_ALL: every neuron)."""
+    """gate: QuantTensor [N, D]; threshold: float32 [1], neurons with |act(g · x)| above it are computed."""
 
-    def __init__(self, gate: QuantTensor, activation: str, threshold: float) -> None:
+    def __init__(self, gate: QuantTensor, activation: str, threshold: torch.Tensor, cuts: Cuts | None = None) -> None:
         super().__init__()
-        self.gate = gate
-        self.activation = activation
-        self.threshold = torch.tensor([threshold], dtype=torch.float32, device=gate.device)
+        self.gate, self.activation, self.threshold, self.cuts = gate, activation, threshold, cuts
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> Prediction:
         return Prediction(*threshold_matmul(x, self.gate, self.threshold, magnitude_of=self.activation))
 
     def shard(self, neurons: torch.Tensor) -> GateThreshold:
-        return GateThreshold(self.gate[neurons], self.activation, float(self.threshold))
+        part = GateThreshold(self.gate[neurons], self.activation, self.threshold)
+        part.density = self.density
+        return part
 
 
-def gate_threshold_for(x: torch.Tensor, gate: QuantTensor, activation: str, sparsity: float) -> float:
-    """The threshold that skips a share `sparsity` of neurons over the tokens x [T, D] of a calibration text."""
-    if sparsity == 0:
-        return KEEP_ALL
-    sizes = activate(activation, quant_matmul(x, gate)).abs().flatten()
-    rank = max(1, round(sparsity * sizes.numel()))
-    return float(sizes.kthvalue(rank).values)
+def fit_gate_threshold(gate: QuantTensor, activation: str, x: torch.Tensor) -> GateThreshold:
+    """A predictor for inputs like x float32 [T, D] of a calibration text, to be set by `at_density`."""
+    one = torch.ones(1, device=gate.device)
+    cuts = Cuts.of(activate(activation, quant_matmul(x, gate)).abs(), 0 * one, one)
+    return GateThreshold(gate, activation, cuts.threshold(1.0), cuts)

@@ -15,17 +15,17 @@ active neurons passes; what is reported comes from a third set of tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from pinfer.kernels.activation import ZERO_BELOW_ZERO, activate
 from pinfer.kernels.ops import dequantize, glu, quant_matmul, threshold_matmul
 from pinfer.kernels.select_active import passes
-from pinfer.predictors.base import Prediction, Predictor, PredictorQuality
-from pinfer.predictors.gate_threshold import KEEP_ALL, gate_threshold_for
+from pinfer.predictors.base import Prediction, Predictor, PredictorQuality, share_of
+from pinfer.predictors.cuts import Cuts
 from pinfer.quant import F16, Q8_0, QuantTensor, QuantType
 from pinfer.quantize import quantize
 
@@ -34,6 +34,7 @@ RANK_MULTIPLE = Q8_0.block_size
 # with this share of the tokens' energy. More costs rank that the text's own directions need.
 NOISE_INPUTS, NOISE_ENERGY, NOISE_SEED = 128, 0.02, 20
 CHUNK_BYTES = 64 << 20  # of dequantised gate at a time
+NO_BAR = -1.0  # every |act(g)| exceeds it
 SMALLEST_SINGULAR = 1e-5  # of the largest: below, float32 leaves no more than rounding noise
 
 
@@ -85,6 +86,7 @@ class LowRank(Predictor):
         *,
         by_magnitude: bool,
         quality: PredictorQuality | None = None,
+        cuts: Cuts | None = None,
     ) -> None:
         super().__init__()
         if first.rows != second.columns or threshold.shape not in ((1,), (second.rows,)):
@@ -93,7 +95,7 @@ class LowRank(Predictor):
                 "expected [R, D], [N, R] and [1] or [N]"
             )
         self.first, self.second, self.threshold = first, second, threshold
-        self.activation, self.by_magnitude, self.quality = activation, by_magnitude, quality
+        self.activation, self.by_magnitude, self.quality, self.cuts = activation, by_magnitude, quality, cuts
 
     @property
     def own_bytes(self) -> int:
@@ -120,25 +122,6 @@ class LowRank(Predictor):
             quality=self.quality,
         )
 
-    def parts(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Its tensors, and the rest as plain data: what `from_parts` makes it of again."""
-        assert self.quality is not None  # `fit_low_rank` sets it
-        assert self.first.layout == self.second.layout == "blocks"  # as a file keeps them
-        tensors = {"first": self.first.blocks, "second": self.second.blocks, "threshold": self.threshold}
-        return tensors, {"by_magnitude": self.by_magnitude, "quality": asdict(self.quality)}
-
-    @classmethod
-    def from_parts(
-        cls, tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any], width: int, activation: str
-    ) -> LowRank:
-        """The inverse of `parts`, for a model of that width and activation; ValueError for tensors that do not fit."""
-        rank = tensors["first"].shape[0]
-        first = QuantTensor(tensors["first"], stored_type(width), width)
-        second = QuantTensor(tensors["second"], stored_type(rank), rank)
-        quality = PredictorQuality(**rest["quality"])
-        threshold, by_magnitude = tensors["threshold"], rest["by_magnitude"]
-        return cls(first, second, threshold, activation, by_magnitude=by_magnitude, quality=quality)
-
 
 def fit_low_rank(gate: QuantTensor, activation: str, inputs: CalibrationInputs, settings: LowRankSettings) -> LowRank:
     """A predictor for the gate [N, D], with its `quality` on `inputs.report`; the same one for the same inputs.
@@ -147,13 +130,13 @@ def fit_low_rank(gate: QuantTensor, activation: str, inputs: CalibrationInputs, 
     """
     settings.check(activation, *gate.shape)
     first, second = approximate(gate, inputs.fit, settings.rank)
-    bar = 0.0 if settings.sparsity is None else gate_threshold_for(inputs.fit, gate, activation, settings.sparsity)
-    everything = torch.full((1,), KEEP_ALL, device=gate.device)
+    bar = _bar(activation, quant_matmul(inputs.fit, gate), settings.sparsity)
+    everything = torch.full((1,), -math.inf, device=gate.device)
     predictor = LowRank(first, second, everything, activation, by_magnitude=_both_signs_count(activation, bar))
     _set_threshold(predictor, quant_matmul(inputs.threshold, gate), inputs.threshold, bar, settings.recall)
     named = passes(predictor.scores(inputs.report), predictor.threshold)
     active = passes(_sizes(activation, quant_matmul(inputs.report, gate)), named.new_tensor([bar], dtype=torch.float32))
-    predictor.quality = PredictorQuality(_share(named, active), *(float(m.double().mean()) for m in (active, named)))
+    predictor.quality = PredictorQuality(share_of(named, active), *(float(m.double().mean()) for m in (active, named)))
     return predictor
 
 
@@ -223,18 +206,27 @@ def _both_signs_count(activation: str, bar: float) -> bool:
     return bool(_sizes(activation, negative).max() > bar)
 
 
+def _bar(activation: str, gates: torch.Tensor, sparsity: float | None) -> float:
+    """What |act(g)| exceeds in truly active neurons, from gates [T, N]."""
+    if sparsity is None:
+        return 0.0
+    sizes = _sizes(activation, gates).flatten()
+    return float(sizes.kthvalue(round(sparsity * sizes.numel())).values) if sparsity else NO_BAR
+
+
 def _set_threshold(predictor: LowRank, gates: torch.Tensor, inputs: torch.Tensor, bar: float, recall: float) -> None:
     """Let a share `recall` of the active neurons pass, over inputs [T, D] with true gates [T, N]."""
     scores = predictor.scores(inputs)
     active = passes(_sizes(predictor.activation, gates), gates.new_tensor([bar]))
-    if predictor.by_magnitude:
-        if bar != KEEP_ALL:
-            predictor.threshold = -_passed_by(-scores[active], recall, scores)
-        return
-    error = (gates - scores).std(dim=0, correction=0)  # [N]
-    error = error.clamp_min(max(1e-20, 1e-4 * float(error.mean())))
-    edge = _edge(predictor.activation, bar)
-    predictor.threshold = edge - _passed_by(((edge - scores) / error)[active], recall, scores) * error
+    base, scale = gates.new_zeros(1), gates.new_ones(1)
+    if not predictor.by_magnitude:
+        error = (gates - scores).std(dim=0, correction=0)  # [N]
+        scale = error.clamp_min(max(1e-20, 1e-4 * float(error.mean())))
+        base = base + _edge(predictor.activation, bar)
+    margins = (scores - base) / scale
+    predictor.cuts = Cuts.of(margins, base, scale)
+    if bar != NO_BAR:
+        predictor.threshold = base - _passed_by(-margins[active], recall, scores) * scale
 
 
 def _passed_by(needed: torch.Tensor, share: float, like: torch.Tensor) -> torch.Tensor:
@@ -254,8 +246,3 @@ def _edge(activation: str, bar: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if float(activate(activation, torch.tensor(middle))) <= bar else (low, middle)
     return low
-
-
-def _share(named: torch.Tensor, active: torch.Tensor) -> float:
-    """Share of the active ones that are named; 1 where none is active."""
-    return float((named & active).sum() / active.sum()) if bool(active.any()) else 1.0

@@ -13,20 +13,34 @@ from pinfer.kernels.activation import ZERO_BELOW_ZERO
 from pinfer.kernels.ops import quant_matmul, sign_select
 from pinfer.kernels.sign_select import pack_signs
 from pinfer.kernels.sign_select.reference import sign_scores
-from pinfer.predictors.base import Prediction, Predictor, PredictorQuality
+from pinfer.predictors.base import Prediction, Predictor, PredictorQuality, share_of
+from pinfer.predictors.cuts import Cuts
 from pinfer.quant import QuantTensor
+
+LARGEST_SCORE = 2**24  # more than any width, and a whole float32
 
 
 class SignBits(Predictor):
     """signs: int32 [N, ceil(D / 32)] of `pack_signs`; threshold: int32 [1], a score must exceed it."""
 
-    def __init__(self, signs: torch.Tensor, threshold: torch.Tensor, quality: PredictorQuality | None = None) -> None:
+    def __init__(
+        self,
+        signs: torch.Tensor,
+        threshold: torch.Tensor,
+        quality: PredictorQuality | None = None,
+        cuts: Cuts | None = None,
+    ) -> None:
         super().__init__()
-        self.signs, self.threshold, self.quality = signs, threshold, quality
+        self.signs, self.threshold, self.quality, self.cuts = signs, threshold, quality, cuts
 
     @property
     def own_bytes(self) -> int:
         return self.signs.element_size() * self.signs.numel()
+
+    def at_density(self, density: float) -> SignBits:
+        other = super().at_density(density)
+        other.threshold = _whole(other.threshold)
+        return other
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> Prediction:
         named = sign_select(x, self.signs, self.threshold)
@@ -49,16 +63,20 @@ def fit_sign_bits(
         )
     signs = pack_signs(gate)
     scores, active = _scores_and_active(gate, signs, x)
+    one = torch.ones(1, device=gate.device)
+    cuts = Cuts.of(scores, 0 * one, one)
     needed = scores[active]
     lost = int((1 - recall) * needed.numel())
     cut = int(needed.kthvalue(lost + 1).values) - 1 if needed.numel() else gate.columns
-    threshold = torch.tensor([cut], dtype=torch.int32, device=gate.device)
     scores, active = _scores_and_active(gate, signs, held_out)
     named = scores > cut
-    caught = float((named & active).sum() / active.sum()) if bool(active.any()) else 1.0
-    return SignBits(
-        signs, threshold, PredictorQuality(caught, float(active.float().mean()), float(named.float().mean()))
-    )
+    quality = PredictorQuality(share_of(named, active), float(active.float().mean()), float(named.float().mean()))
+    return SignBits(signs, _whole(cut * one), quality, cuts)
+
+
+def _whole(threshold: torch.Tensor) -> torch.Tensor:
+    """int32 [1]: a whole score exceeds it where it exceeds `threshold`."""
+    return threshold.floor().clamp(-LARGEST_SCORE, LARGEST_SCORE).int()
 
 
 def _scores_and_active(gate: QuantTensor, signs: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

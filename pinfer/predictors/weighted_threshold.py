@@ -26,11 +26,11 @@ import torch
 from pinfer.kernels.activation import CLAMPS_UP, activate
 from pinfer.kernels.ops import dequantize, quant_matmul, threshold_matmul
 from pinfer.predictors.base import Prediction, Predictor
+from pinfer.predictors.cuts import KEPT_VALUES, Cuts
 from pinfer.quant import F16, Q8_0, QuantTensor
 from pinfer.quantize import quantize
 
 CHUNK_BYTES = 64 << 20  # of dequantised weights at a time
-KEPT_VALUES = 1 << 24  # of the sizes that a threshold is a quantile of
 
 
 class FFNMatrices(NamedTuple):
@@ -46,7 +46,7 @@ class WeightedThreshold(Predictor):
     """Keeps neurons with |act(g_i · x) - shift_i| above their thresholds.
 
     gate: QuantTensor [N, D]; threshold: float32 [N]; shift: float32 [N] or None; compensation:
-    QuantTensor [D, D] or None; density: share of neurons kept over the calibration text.
+    QuantTensor [D, D] or None.
     """
 
     opens_dense = True
@@ -58,19 +58,15 @@ class WeightedThreshold(Predictor):
         threshold: torch.Tensor,
         shift: torch.Tensor | None,
         compensation: QuantTensor | None,
-        density: float,
+        cuts: Cuts | None = None,
     ) -> None:
         super().__init__()
         self.gate, self.activation = gate, activation
-        self.threshold, self.shift, self.compensation, self.density = threshold, shift, compensation, density
+        self.threshold, self.shift, self.compensation, self.cuts = threshold, shift, compensation, cuts
 
     @property
     def own_bytes(self) -> int:
         return 0 if self.compensation is None else self.compensation.nbytes
-
-    @property
-    def expected_density(self) -> float | None:
-        return self.density
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> Prediction:
         named = threshold_matmul(x, self.gate, self.threshold, magnitude_of=self.activation, shift=self.shift)
@@ -78,19 +74,17 @@ class WeightedThreshold(Predictor):
 
     def shard(self, neurons: torch.Tensor) -> WeightedThreshold:
         shift = None if self.shift is None else self.shift[neurons]
-        return WeightedThreshold(
-            self.gate[neurons], self.activation, self.threshold[neurons], shift, None, self.density
-        )
+        part = WeightedThreshold(self.gate[neurons], self.activation, self.threshold[neurons], shift, None)
+        part.density = self.density
+        return part
 
 
-def fit_weighted_threshold(ffn: FFNMatrices, x: torch.Tensor, sparsity: float, *, shifted: bool) -> WeightedThreshold:
-    """A predictor that skips a share `sparsity` of neurons over inputs x [T, D], first tokens left out.
+def fit_weighted_threshold(ffn: FFNMatrices, x: torch.Tensor, *, shifted: bool) -> WeightedThreshold:
+    """A predictor for inputs like x float32 [T, D], first tokens left out, to be set by `at_density`.
 
-    `shifted` tells shift_threshold from weighted_threshold. ValueError unless sparsity lies in [0, 1)
-    and the inputs are finite, and for a shift under dReLU, whose sum M·x is not.
+    `shifted` tells shift_threshold from weighted_threshold. ValueError unless the inputs are finite,
+    and for a shift under dReLU, whose sum M·x is not.
     """
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity {sparsity} must lie in [0, 1)")
     if shifted and ffn.activation in CLAMPS_UP:
         raise ValueError(f"shift_threshold needs up products as they are; {ffn.activation} clamps them")
     if not bool(x.isfinite().all()):
@@ -103,11 +97,10 @@ def fit_weighted_threshold(ffn: FFNMatrices, x: torch.Tensor, sparsity: float, *
         counts = up.clamp_min(0) if ffn.activation in CLAMPS_UP else up.abs()
         weights.append(counts.mean(dim=0).clamp_min(1e-20))
         sizes.append(((values - centers[-1]).abs() * weights[-1])[_sample(x.shape[0], ffn.gate.rows)])
-    center, cut = torch.cat(centers), _quantile(torch.cat(sizes, dim=1), sparsity)
-    threshold = cut / torch.cat(weights)
-    if not shifted:
-        return WeightedThreshold(ffn.gate, ffn.activation, threshold, None, None, 1 - sparsity)
-    return WeightedThreshold(ffn.gate, ffn.activation, threshold, center, compensation_of(ffn, center), 1 - sparsity)
+    center, scale = torch.cat(centers), 1 / torch.cat(weights)
+    cuts = Cuts.of(torch.cat(sizes, dim=1), scale.new_zeros(1), scale)
+    shift, compensation = (center, compensation_of(ffn, center)) if shifted else (None, None)
+    return WeightedThreshold(ffn.gate, ffn.activation, cuts.threshold(1.0), shift, compensation, cuts)
 
 
 def compensation_of(ffn: FFNMatrices, center: torch.Tensor) -> QuantTensor:
@@ -129,10 +122,3 @@ def _chunks(weight: QuantTensor, tokens: int) -> Iterator[slice]:
 def _sample(tokens: int, neurons: int) -> slice:
     """Every so many-th token, so that no more than KEPT_VALUES sizes are kept."""
     return slice(None, None, max(1, -(-tokens * neurons // KEPT_VALUES)))
-
-
-def _quantile(sizes: torch.Tensor, share: float) -> torch.Tensor:
-    """What a share of the sizes does not exceed; below all of them for 0."""
-    if share == 0:
-        return sizes.new_tensor(-1.0)
-    return sizes.flatten().kthvalue(max(1, round(share * sizes.numel()))).values

@@ -1,0 +1,152 @@
+"""Fits a model's predictors to a text, and keeps them in a solved directory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pinfer.config import Method, ModelConfig, RunConfig
+from pinfer.engine.solved import CALIBRATION, PREDICTOR, Solved
+from pinfer.engine.text import Text, cut, ids_sha256
+from pinfer.ffn import DenseFFN
+from pinfer.formats.tokenizer import Tokenizer
+from pinfer.models import Transformer
+from pinfer.predictors import GateOf, LowRankSettings, Packed, Predictor, pack, unpack
+from pinfer.sparsify import (
+    LEAST_SEQUENCES,
+    THRESHOLDED,
+    fit_gate_threshold_predictors,
+    fit_low_rank_predictors,
+    fit_sign_predictors,
+    fit_weighted_predictors,
+)
+
+STAGE, CALIBRATE = "predictor", "calibrate"
+# Quantiles want more tokens than a closed form, and both more than some contexts hold. Twice as many
+# take a tenth off the neurons that low_rank names beside the active ones, and twice the time.
+FIT_TOKENS, THRESHOLD_TOKENS, FIT_SEQUENCE = 2048, 4096, 256
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How predictors are fitted: rank, recall and sparsity are low_rank's, recall is sign_bits' too.
+
+    The thresholded methods are fitted for every sparsity at once.
+    """
+
+    method: Method
+    rank: int = 128
+    recall: float = 0.99
+    sparsity: float | None = None
+
+    @classmethod
+    def of(cls, run: RunConfig, method: Method) -> FitSettings:
+        """Those of a run whose method is resolved, without what that method does not look at."""
+        if method in THRESHOLDED:
+            return cls(method)
+        if method == "sign_bits":
+            return cls(method, recall=run.recall)
+        return cls(method, run.predictor_rank, run.recall, run.sparsity)
+
+    def check(self, config: ModelConfig) -> None:
+        """ValueError where the model cannot take them."""
+        if self.method == "low_rank":
+            self.low_rank().check(config.activation, config.d_ffn, config.d_model)
+
+    def low_rank(self) -> LowRankSettings:
+        return LowRankSettings(self.rank, self.recall, self.sparsity)
+
+
+def sequences_to_fit_on(
+    method: Method, tokenizer: Tokenizer, text: Text, context: int, tokens: int | None = None
+) -> list[torch.Tensor]:
+    """Sequences int64 [T] of a text, as many tokens as the method wants if not said."""
+    wanted = tokens or (THRESHOLD_TOKENS if method in THRESHOLDED else FIT_TOKENS)
+    return cut(tokenizer, text, wanted, context, FIT_SEQUENCE, LEAST_SEQUENCES)
+
+
+def fit_settings_key(
+    how: FitSettings, config: ModelConfig, sequences: list[torch.Tensor], int8: bool
+) -> dict[str, Any]:
+    """All that fitted predictors depend on beside the model, as plain data."""
+    return dataclasses.asdict(how) | {
+        "activation": config.activation,
+        "int8": int8,
+        "ids_sha256": ids_sha256(sequences),
+        "tokens": sum(map(len, sequences)),
+    }
+
+
+def fit_predictors(
+    model: Transformer,
+    how: FitSettings,
+    sequences: Sequence[torch.Tensor],
+    progress: Callable[[str], None] = lambda _: None,
+) -> Sequence[Predictor]:
+    """One predictor a layer for a dense model, from its activations on sequences int64 [T].
+
+    Those of the thresholded methods name every neuron until `at_density` sets them. ValueError for a
+    method or settings that the model cannot take.
+    """
+    if how.method == "gate_threshold":
+        return fit_gate_threshold_predictors(model, sequences, progress)
+    if how.method in ("weighted_threshold", "shift_threshold"):
+        return fit_weighted_predictors(model, sequences, progress, shifted=how.method == "shift_threshold")
+    if how.method == "low_rank":
+        return fit_low_rank_predictors(model, sequences, how.low_rank(), progress)
+    if how.method == "sign_bits":
+        return fit_sign_predictors(model, sequences, how.recall, progress)
+    raise ValueError(f"method {how.method} has nothing to fit")
+
+
+def gates_of(model: Transformer) -> list[GateOf]:
+    """What predictors read of a dense model, layer by layer."""
+    return [GateOf(ffn.gate, ffn.activation) for ffn in model.ffns() if isinstance(ffn, DenseFFN)]
+
+
+def keep_predictors(
+    solved: Solved, predictors: Sequence[Predictor], method: Method, settings: dict[str, Any], figures: dict[str, Any]
+) -> None:
+    """Write fitted predictors, and how they came about, into a solved directory that is locked."""
+    packed = pack(predictors)
+    solved.write(
+        PREDICTOR,
+        packed.tensors,
+        stage=STAGE,
+        settings=settings | {"method": method},
+        figures=figures | {"layers": packed.layers},
+    )
+
+
+def kept_predictors(solved: Solved, model: Transformer) -> list[Predictor]:
+    """The predictors of a solved directory, for the dense model they were fitted to.
+
+    ValueError if it has none, or they do not fit.
+    """
+    tensors = solved.read_tensors(PREDICTOR)
+    layers = solved.stages[STAGE].figures["layers"]
+    try:
+        return unpack(Packed(tensors, layers), gates_of(model))
+    except ValueError as problem:
+        raise ValueError(f"{solved.path / PREDICTOR}: {problem}") from problem
+
+
+def kept_method(solved: Solved, asked: Method) -> Method:
+    """The method of a solved directory's predictors; ValueError if there are none or another was asked for."""
+    if STAGE not in solved.stages:
+        raise ValueError(f"{solved.path}: no predictors in it; stages done: {', '.join(solved.stages) or 'none'}")
+    method: Method = solved.stages[STAGE].settings["method"]
+    if asked not in ("auto", method):
+        raise ValueError(f"{solved.path}: its predictors are for method {method}, not {asked}")
+    return method
+
+
+def kept_densities(solved: Solved) -> list[float] | None:
+    """Per layer, the density that calibration chose for the directory's predictors; None without a calibration."""
+    if CALIBRATE not in solved.stages:
+        return None
+    return [float(one) for one in solved.read_json(CALIBRATION)["densities"]]
