@@ -179,6 +179,10 @@ class RunConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(filter(None, choices))}")
 
+    def densely(self) -> RunConfig:
+        """The same run with every neuron computed: the baseline."""
+        return dataclasses.replace(self, method="dense", sparsity=None, cold_fraction=0.0, predictor_path=None)
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], **overrides: Any) -> RunConfig:
         """Build from nested plain data (TOML, JSON); an unknown key is a ValueError naming it."""

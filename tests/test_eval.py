@@ -19,6 +19,7 @@ from pinfer.cli.main import run as cli
 from pinfer.config import RunConfig
 from pinfer.engine import load_engine
 from pinfer.engine.text import CALIBRATION_TEXT, EVALUATION_TEXT
+from pinfer.ffn import DenseFFN
 from pinfer.formats.gguf import GGUFFile
 from pinfer.formats.model_config import model_config
 from pinfer.kernels.activation import ACTIVATIONS
@@ -26,7 +27,7 @@ from pinfer.kernels.dequantize.reference import dequantize
 from pinfer.kernels.select_active.reference import listed
 from pinfer.models import Transformer, build_model
 from pinfer.placement import Plan
-from pinfer.predictors import Prediction, Predictor
+from pinfer.predictors import GateThreshold, Prediction, Predictor
 from pinfer.quality import (
     NeuronCounts,
     NeuronObserver,
@@ -166,7 +167,11 @@ def test_only_scored_positions_are_counted(llama: Path) -> None:
 def test_computing_every_neuron_is_dense(tmp_path: Path, cold_fraction: float | None) -> None:
     path = write_tiny_gemma3(tmp_path / "gelu.gguf")
     plan = None if cold_fraction is None else Plan.uniform(7, 96, cold_fraction)
-    sparse = S.sparsify(load(path), S.gate_threshold_predictors([-1.0] * 7), plan)
+
+    def everything(layer: int, ffn: DenseFFN) -> GateThreshold:
+        return GateThreshold(ffn.gate, ffn.activation, torch.tensor([-1.0]))
+
+    sparse = S.sparsify(load(path), everything, plan)
     with torch.inference_mode():
         summary = summarise(list(evaluate(load(path), sliding_windows(TOKENS, 32, 32, 2), sparse)))
     result = summary.sparse

@@ -19,13 +19,13 @@ from pinfer.benchmark.report import Report, Spread, Turn, contestant_report
 from pinfer.benchmark.weight_bytes import StepBytes
 from pinfer.config import Method, RunConfig
 from pinfer.engine import SHIPPED_MODEL
+from pinfer.engine.load import what_to_run
 from pinfer.engine.text import CALIBRATION_TEXT
 from pinfer.formats.gguf import GGUFFile
 from pinfer.formats.model_config import check_tensors, model_config
 from pinfer.formats.tokenizer import load_tokenizer
 from pinfer.kernels.cpp import CoreError, core_problem
 from pinfer.kernels.cpp.bandwidth import read_bandwidth
-from pinfer.sparsify import resolve_method
 
 LLAMA_CPP = "llama.cpp"
 BANDWIDTH = "read bandwidth"  # takes its turn like a contestant
@@ -132,7 +132,7 @@ def _subject(settings: Settings) -> _Subject:
                 f"at most {max(0, limits[name])}"
             )
     config = dataclasses.replace(config, activation=run.activation or config.activation)
-    method = resolve_method(run.method, config, run.sparsity)
+    method, _ = what_to_run(run, config, gguf)
     return _Subject(path, method, StepBytes.of(gguf), _tokens(gguf, settings.context))
 
 
@@ -174,8 +174,8 @@ def _load_request(settings: Settings, subject: _Subject, name: str, threads: int
     common = {"model": str(subject.path), "context": settings.context, "threads": threads}
     if name == LLAMA_CPP:
         return common
-    sparsity = None if name == "dense" else settings.run.sparsity
-    return {"run": {**dataclasses.asdict(settings.run), **common, "method": name, "sparsity": sparsity}}
+    run = settings.run.densely() if name == "dense" else settings.run
+    return {"run": {**dataclasses.asdict(run), **common, "method": name}}
 
 
 def _play(

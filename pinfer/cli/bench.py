@@ -14,7 +14,7 @@ from rich.table import Table
 from pinfer.benchmark import ContestantReport, Report, Settings, Spread, run_benchmark
 from pinfer.cli import options
 from pinfer.cli.console import console, emit_json, note, printable, size
-from pinfer.cli.generate import ActivationOption, BackendOption, MethodOption, Sparsity, Threads
+from pinfer.cli.generate import ActivationOption, BackendOption, MethodOption, PredictorPath, Sparsity, Threads
 from pinfer.config import RunConfig
 
 PromptTokens = Annotated[int, typer.Option("-p", "--n-prompt", help="Tokens of the prompt that prefill reads.")]
@@ -37,6 +37,7 @@ def bench(
     threads: Threads = None,
     method: MethodOption = "auto",
     sparsity: Sparsity = None,
+    predictor_path: PredictorPath = None,
     activation: ActivationOption = None,
     backend: BackendOption = "auto",
     against: Against = None,
@@ -47,7 +48,13 @@ def bench(
     if llama_python is not None and against is None:
         raise ValueError("--llama-python has no meaning without --against llama.cpp")
     run = RunConfig(
-        model=model, threads=threads, method=method, sparsity=sparsity, activation=activation, backend=backend
+        model=model,
+        threads=threads,
+        method=method,
+        sparsity=sparsity,
+        activation=activation,
+        backend=backend,
+        predictor_path=predictor_path,
     )
     interpreter = None if against is None else llama_python or sys.executable
     report = run_benchmark(Settings(run, prompt_tokens, decode_tokens, rounds, interpreter), note)

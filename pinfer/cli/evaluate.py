@@ -22,6 +22,7 @@ from pinfer.cli.generate import (
     ColdFraction,
     MethodOption,
     PrecisionOption,
+    PredictorPath,
     PredictorRank,
     Recall,
     Sparsity,
@@ -30,6 +31,7 @@ from pinfer.cli.generate import (
 from pinfer.config import RunConfig
 from pinfer.engine import Engine, load_engine
 from pinfer.engine.generate import peak_rss_bytes
+from pinfer.engine.load import what_to_run
 from pinfer.engine.mapped import fingerprint
 from pinfer.engine.text import EVALUATION_TEXT
 from pinfer.quality import (
@@ -45,7 +47,6 @@ from pinfer.quality import (
     truly_active,
     write_records,
 )
-from pinfer.sparsify import resolve_method
 
 Text = Annotated[
     str | None,
@@ -86,6 +87,7 @@ def evaluate_command(
     sparsity: Sparsity = None,
     predictor_rank: PredictorRank = 128,
     recall: Recall = 0.99,
+    predictor_path: PredictorPath = None,
     cold_fraction: ColdFraction = 0.0,
     activation: ActivationOption = None,
     threads: Threads = None,
@@ -106,14 +108,15 @@ def evaluate_command(
         cold_fraction=cold_fraction,
         predictor_rank=predictor_rank,
         recall=recall,
+        predictor_path=predictor_path,
     )
     stride = window if stride is None else stride
     if output is not None:
         check_writable(Path(output))
     content = read_prompt(None, str(EVALUATION_TEXT) if text is None else text)
     assert content is not None  # a file was named
-    dense = load_engine(dataclasses.replace(run, method="dense", sparsity=None, cold_fraction=0.0), note)
-    run = dataclasses.replace(run, method=resolve_method(method, dense.config, sparsity))
+    dense = load_engine(run.densely(), note)
+    run = dataclasses.replace(run, method=what_to_run(run, dense.config, dense.gguf)[0])
     passage = _passage(dense, text, content, (window, stride, windows))
     started = time.perf_counter()
     # `load_engine` refuses a cold fraction of a dense run.

@@ -17,7 +17,9 @@ YELLOW, RESET = "\x1b[33m", "\x1b[0m"
 
 Number = Annotated[int, typer.Option("-n", "--n-predict", help="Tokens to generate; -1: until the end of text.")]
 Context = Annotated[int | None, typer.Option("-c", "--ctx-size", help="Positions of context; 0: the model's limit.")]
-Predictors = Annotated[str | None, typer.Option("--predictor-path", help="Solved directory (not supported yet).")]
+PredictorPath = Annotated[
+    str | None, typer.Option("--predictor-path", help="Directory of pinfer solve or train, whose predictors are used.")
+]
 GpuLayers = Annotated[
     int | None, typer.Option("-ngl", "--gpu-layers", "--n-gpu-layers", help="Layers on the GPU (no effect yet).")
 ]
@@ -41,9 +43,7 @@ NumaOption = Annotated[
     Numa, typer.Option("--numa", help="Pin threads, and take memory, over all nodes or on this one alone.")
 ]
 MethodOption = Annotated[Method, typer.Option("--method", help="Which neurons to compute.")]
-Sparsity = Annotated[
-    float | None, typer.Option("--sparsity", help="Share to skip with gate_threshold or low_rank, such as 0.5.")
-]
+Sparsity = Annotated[float | None, typer.Option("--sparsity", help="Share of neurons to skip, such as 0.5.")]
 PredictorRank = Annotated[int, typer.Option("--predictor-rank", help="Rank of low_rank, a multiple of 32.")]
 Record = Annotated[bool, typer.Option("--record/--no-record", help="Repeat decode steps from a recording.")]
 Recall = Annotated[float, typer.Option("--recall", help="Share of active neurons that low_rank is to catch.")]
@@ -62,7 +62,7 @@ def generate(
     file: options.PromptFile = None,
     n_predict: Number = 128,
     ctx_size: Context = None,
-    predictor_path: Predictors = None,
+    predictor_path: PredictorPath = None,
     gpu_layers: GpuLayers = None,
     gpu_memory_gb: GpuMemory = None,
     threads: Threads = None,
@@ -116,12 +116,13 @@ def generate(
         recall=recall,
         record=record,
         numa=numa,
+        predictor_path=predictor_path,
     )
     if n_predict < -1:
         raise ValueError(f"-n must be -1 (until the end of text) or at least 0, not {n_predict}")
     if interactive and json:
         raise ValueError("--json has no meaning with -i")
-    _check_device_flags(predictor_path, gpu_layers, gpu_memory_gb)
+    _check_device_flags(gpu_layers, gpu_memory_gb)
     text = None if interactive and prompt is None and file is None else read_prompt(prompt, file)
     if text is not None and prompt is None:
         text = text.removesuffix("\n")  # an editor's last newline is not meant, as in llama.cpp
@@ -179,12 +180,7 @@ class _Task:
         )
 
 
-def _check_device_flags(predictor_path: str | None, gpu_layers: int | None, gpu_memory_gb: float | None) -> None:
-    if predictor_path is not None:
-        raise ValueError(
-            f"--predictor-path {predictor_path}: solved directories are not supported yet; "
-            "use --method exact (ReLU models) or --sparsity 0.5 (any model)"
-        )
+def _check_device_flags(gpu_layers: int | None, gpu_memory_gb: float | None) -> None:
     if gpu_layers is not None:
         if gpu_layers < -1:
             raise ValueError(f"--gpu-layers must be at least -1, not {gpu_layers}")

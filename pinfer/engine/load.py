@@ -113,8 +113,7 @@ def load_engine(run: RunConfig, progress: Callable[[str], None] = lambda _: None
     check_tensors(gguf, config)
     if run.activation is not None:
         config = dataclasses.replace(config, activation=run.activation)
-    solved = None if run.predictor_path is None else Solved.open(run.predictor_path, gguf)
-    method = _method(run, config, solved)
+    method, solved = what_to_run(run, config, gguf)
     if method == "dense" and run.cold_fraction:
         raise ValueError(f"cold_fraction {run.cold_fraction:g} has no meaning for the dense method")
     tokenizer = load_tokenizer(gguf.metadata)
@@ -130,14 +129,18 @@ def load_engine(run: RunConfig, progress: Callable[[str], None] = lambda _: None
     return dataclasses.replace(engine, notes=(*remarks, *prepared.notes, *_notes(engine)))
 
 
-def _method(run: RunConfig, config: ModelConfig, solved: Solved | None) -> Method:
-    """What the run's method means for this model, or for the predictors that it is given."""
-    if solved is None:
-        return resolve_method(run.method, config, run.sparsity)
+def what_to_run(run: RunConfig, config: ModelConfig, gguf: GGUFFile) -> tuple[Method, Solved | None]:
+    """The run's method for this model, and the solved directory that its predictors come from, if one is named.
+
+    ValueError for a method or a directory that does not fit the model or the run's other settings.
+    """
+    if run.predictor_path is None:
+        return resolve_method(run.method, config, run.sparsity), None
+    solved = Solved.open(run.predictor_path, gguf)
     method = kept_method(solved, run.method)
     if run.sparsity is not None and method not in THRESHOLDED:
         raise ValueError(f"sparsity {run.sparsity:g} has no meaning for {method} predictors that are fitted already")
-    return method
+    return method, solved
 
 
 def _context(asked: int | None, config: ModelConfig) -> int:
