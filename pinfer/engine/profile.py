@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from pinfer.engine.checkpoint import Checkpoint
+from pinfer.engine import watcher as watchers
+from pinfer.engine.checkpoint import Checkpoint, numbered
 from pinfer.engine.load import CALIBRATION_TEXT, Engine
 from pinfer.engine.measure import measure_layer
 from pinfer.engine.solved import ACTIVATIONS, Solved
@@ -22,6 +23,7 @@ from pinfer.models import LayerWalk
 from pinfer.placement.statistics import LayerStatistics, from_tensors, to_tensors
 
 STAGE = "profile"
+FOLDER = "profile-checkpoint"
 SEQUENCE_TOKENS = 512  # also the chunk: values of one sequence at a time are held, [512, N] each
 MIN_TOKENS = 64  # fewer say nothing of a neuron that fires on one token in twenty
 DEFAULT_TOKENS = 8192
@@ -63,20 +65,11 @@ class Text:
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 
-class Watcher:
+class Watcher(watchers.Watcher):
     """What a profile tells while it runs; the base class keeps silent."""
-
-    def begin(self, n_layers: int, n_sequences: int, layers_done: int) -> None:
-        """The walk starts after so many layers."""
-
-    def sequence(self) -> None:
-        """One more sequence has passed the present layer."""
 
     def layer(self, number: int, found: LayerStatistics) -> None:
         """A layer is done and kept."""
-
-    def note(self, text: str) -> None:
-        """A remark, one line."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +113,7 @@ def profile(
     watcher = watcher or Watcher()
     settings = _settings(engine, text, sequences)
     with solved.lock():
-        checkpoint = Checkpoint(solved.path, {"settings": settings, "fingerprint": solved.model.fingerprint})
+        checkpoint = Checkpoint(solved.path / FOLDER, {"settings": settings, "fingerprint": solved.model.fingerprint})
         done = solved.stages.get(STAGE)
         if done is not None and done.settings == settings:
             watcher.note(f"{solved.path} holds this profile already")
@@ -173,21 +166,27 @@ def _measure(
         walk.layer = len(layers)
         while walk.layer < engine.config.n_layers:
             layers.append(measure_layer(engine, walk, watcher.sequence))
-            checkpoint.save(layers[-1], walk.residuals)
-            watcher.layer(len(layers) - 1, layers[-1])
+            number = len(layers) - 1
+            new = {_layer(number): to_tensors((layers[-1],)), _residuals(number): numbered(walk.residuals)}
+            checkpoint.save(new, {"layers": len(layers)}, drop={_residuals(number - 1)})
+            watcher.layer(number, layers[-1])
     return tuple(layers)
 
 
 def _resume(checkpoint: Checkpoint, watcher: Watcher) -> tuple[list[LayerStatistics], list[torch.Tensor] | None]:
-    """The layers done and the residuals after them; none, and a fresh checkpoint, where it is of no use."""
-    checkpoint.clean()
-    try:
-        kept = checkpoint.load()
-    except ValueError as problem:
-        watcher.note(f"starting anew: {problem}")
-        kept = None
+    """The layers done and the residuals after them; none where the checkpoint is of no use."""
+    kept = checkpoint.resume(watcher)
     if kept is None:
-        checkpoint.remove()
         return [], None
-    watcher.note(f"going on after layer {len(kept[0]) - 1} of an interrupted run")
-    return kept
+    done = int(kept.data["layers"])
+    layers = [from_tensors(kept.tensors[_layer(number)], 1)[0] for number in range(done)]
+    watcher.note(f"going on after layer {done - 1} of an interrupted run")
+    return layers, kept.sequence(_residuals(done - 1))
+
+
+def _layer(number: int) -> str:
+    return f"layer-{number:03}"
+
+
+def _residuals(number: int) -> str:
+    return f"residuals-{number:03}"
