@@ -12,7 +12,7 @@ import hashlib
 import mmap
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from pinfer.engine.load import Engine
+from pinfer.engine.measure import dense_ffn, observe_layer
+from pinfer.engine.sample import contribution_bar
+from pinfer.models import LayerWalk
+from pinfer.placement.accumulate import row_norms_of_transpose
 from pinfer.predictors.pair_source import Pairs
 
 INPUTS, CONTRIBUTIONS = "inputs.f16", "contributions.u8"
@@ -147,43 +152,83 @@ class PairWriter:
             file.close()
 
 
-class LayerPairs:
-    """The files of a layer, mapped: a PairSource."""
+class CodedPairs:
+    """A PairSource of inputs float16 [T, D] and codes uint8 [T, N], the first `tokens` of them to train on."""
 
-    def __init__(self, folder: Path, mark: dict[str, Any], *, check: bool) -> None:
-        """mark: what `finish` returned. check: read the files whole. ValueError where they are not those marked."""
-        plan = PairPlan(**mark["plan"])
-        self._plan, self._maps = plan, list[mmap.mmap]()
-        self._inputs = self._map(folder / INPUTS, 2 * plan.width, mark, check).view(torch.float16)
-        self._codes = self._map(folder / CONTRIBUTIONS, plan.n_neurons, mark, check)
-
-    def _map(self, path: Path, row_bytes: int, mark: dict[str, Any], check: bool) -> torch.Tensor:
-        """uint8 [T, row_bytes]"""
-        size = self._plan.kept * row_bytes
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size != size or (check and _sha256(path) != mark["sha256"][path.name]):
-                raise ValueError(f"{path.name} is damaged")
-            mapped = mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        self._maps.append(mapped)  # private and writable only so that torch takes it without a warning
-        return torch.frombuffer(mapped, dtype=torch.uint8).view(self._plan.kept, row_bytes)
+    def __init__(self, inputs: torch.Tensor, codes: torch.Tensor, tokens: int) -> None:
+        self._inputs, self._codes, self._tokens = inputs, codes, tokens
 
     @property
     def tokens(self) -> int:
-        return self._plan.tokens
+        return self._tokens
 
     @property
     def validation_tokens(self) -> int:
-        return self._plan.kept - self._plan.tokens
+        return len(self._codes) - self._tokens
 
     def take(self, tokens: torch.Tensor) -> Pairs:
-        pairs = Pairs(self._inputs[tokens].float(), decode(self._codes[tokens]))
-        if self._plan.nbytes > RESIDENT_BYTES and sys.platform == "linux":
+        return Pairs(self._inputs[tokens].float(), decode(self._codes[tokens]))
+
+    def validation(self, start: int, stop: int) -> Pairs:
+        return self.take(torch.arange(self._tokens + start, self._tokens + stop))
+
+
+class LayerPairs(CodedPairs):
+    """The files of a layer, mapped."""
+
+    def __init__(self, folder: Path, mark: Mapping[str, Any], *, check: bool) -> None:
+        """mark: what `PairWriter.finish` returned. check: read the files whole. ValueError unless they are those marked."""
+        plan, self._maps = PairPlan(**mark["plan"]), list[mmap.mmap]()
+        rows = {INPUTS: 2 * plan.width, CONTRIBUTIONS: plan.n_neurons}
+        inputs, codes = (self._map(folder / name, (plan.kept, size)) for name, size in rows.items())
+        for name, digest in mark["sha256"].items():
+            if check and _sha256(folder / name) != digest:
+                raise ValueError(f"{name} is damaged")
+        super().__init__(inputs.view(torch.float16), codes, plan.tokens)
+        self._released = plan.nbytes > RESIDENT_BYTES and sys.platform == "linux"
+
+    def _map(self, path: Path, shape: tuple[int, int]) -> torch.Tensor:
+        """uint8"""
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size != shape[0] * shape[1]:
+                raise ValueError(f"{path.name} is damaged")
+            # Writable, though nobody writes, because torch warns of memory that is not; private, so nothing would reach the file.
+            self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        return torch.frombuffer(self._maps[-1], dtype=torch.uint8).view(shape)
+
+    def take(self, tokens: torch.Tensor) -> Pairs:
+        pairs = super().take(tokens)
+        if self._released:
             for mapped in self._maps:
                 mapped.madvise(mmap.MADV_DONTNEED)
         return pairs
 
-    def validation(self, start: int, stop: int) -> Pairs:
-        return self.take(torch.arange(self.tokens + start, self.tokens + stop))
+
+def collect_pairs(
+    engine: Engine,
+    walk: LayerWalk,
+    folder: Path,
+    plan: PairPlan,
+    sparsity: float | None,
+    passed: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Take the sequences through the walk's next layer and write its files; returns their mark.
+
+    sparsity: neurons whose contribution is among the smallest share of that size count as not active;
+    None: those that contribute nothing. `passed` is called after every sequence. ValueError for a layer
+    that is not dense, and where activations are not finite.
+    """
+    number, dense = walk.layer, dense_ffn(engine, walk.layer)
+    norms = row_norms_of_transpose(dense.down)
+    bar = 0.0 if sparsity is None else contribution_bar(engine, walk, norms, sparsity)
+    writer = PairWriter(folder, plan, norms, bar)
+    try:
+        observe_layer(engine, walk, writer, passed)
+        return writer.finish()
+    except ValueError as problem:
+        raise ValueError(f"{engine.path}: layer {number}: {problem}") from problem
+    finally:
+        writer.close()
 
 
 def _sha256(path: Path) -> str:

@@ -7,6 +7,7 @@ one layer's weights, its keys and its values for one sequence, whatever the size
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,11 +143,15 @@ def figures_of(layers: tuple[LayerStatistics, ...]) -> dict[str, Any]:
 
 def _settings(engine: Engine, text: Text, sequences: list[torch.Tensor]) -> dict[str, Any]:
     """All that the statistics depend on beside the model, as plain data. The number of threads is not part of it."""
+    return {"text_sha256": text.sha256, **walk_settings(engine, sequences)}
+
+
+def walk_settings(engine: Engine, sequences: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """What a walk with sequences int64 [T] depends on beside the model's file, as plain data."""
     ids = hashlib.sha256()
     for tokens in sequences:
         ids.update(len(tokens).to_bytes(8, "little") + tokens.numpy().tobytes())
     return {
-        "text_sha256": text.sha256,
         "ids_sha256": ids.hexdigest(),
         "sequences": len(sequences),
         "tokens": sum(len(tokens) for tokens in sequences),

@@ -215,6 +215,12 @@ def _gram(gate: QuantTensor, sketch: torch.Tensor, tokens: int) -> tuple[torch.T
     return gram, sizes
 
 
+def with_moments_of(inputs: torch.Tensor) -> torch.Tensor:
+    """Rows float32 [min(T, D), D] with the mean of x·xᵀ over inputs [T, D]: all that a closed form sees of them."""
+    tokens, width = inputs.shape
+    return inputs if tokens <= width else torch.linalg.qr(inputs, mode="r").R * math.sqrt(width / tokens)
+
+
 def _with_noise(inputs: torch.Tensor, rank: int) -> torch.Tensor:
     """The inputs [T, D] and isotropic noise below them, at least `rank` rows together."""
     count = max(NOISE_INPUTS, rank - len(inputs))

@@ -15,15 +15,16 @@ rounded to their stored type in every step and the gradients at the rounded ones
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from pinfer.kernels.ops import dequantize
 from pinfer.predictors.frontier import Frontier, Reach
-from pinfer.predictors.low_rank import RANK_MULTIPLE, closed_form
+from pinfer.predictors.low_rank import RANK_MULTIPLE, closed_form, with_moments_of
 from pinfer.predictors.pair_source import Pairs, PairSource
 from pinfer.quant import BY_NAME, QuantTensor
 from pinfer.quantize import quantize
@@ -33,8 +34,7 @@ FLOOR = 0.05  # of a firing neuron's weight, whatever it contributes
 BETAS, EPSILON = (0.9, 0.99), 1e-12  # of Adam
 START_TOKENS = 2048  # that the start is computed from
 START_LOGIT = 6.0  # the RMS of a neuron's score at the start, in log odds
-WARM_UP = 0.05  # of the steps
-LAST_RATE = 0.02  # of the learning rate, at the last step
+WARM_UP, LAST_PART = 0.05, 0.3  # of the steps
 CHUNK_VALUES = 1 << 20  # scores held at a time: several tensors of 4 MB, whatever N is
 FRONTIER = (1.0, 1.3, 1.6, 2.0, 2.5, 3.0)  # neurons named for each active one that a result tells of
 TRAINED = ("first", "second", "bias")
@@ -47,18 +47,19 @@ class TrainingSettings:
 
     rank: R, a multiple of 32. weight_type: of the stored factors, Q4_0 or Q8_0. steps: at most, of
     `batch_tokens` tokens each. learning_rate: how far a step moves a weight, as a share of the RMS of
-    its factor; it rises over the first 5 % of the steps and falls along a cosine to their end.
+    its factor; it rises over the first 5 % of the steps, falls over the last 30 %, and is halved at
+    every measurement that is not the best so far.
     contribution_weight: α, how much more than its absence a firing neuron's presence counts.
     over_prediction: neurons named for each active one at which recall is judged, every `measure_every`
     steps; training ends after `patience` measurements without a better one.
     """
 
-    rank: int
+    rank: int = 64
     weight_type: str = "Q4_0"
     steps: int = 2000
     batch_tokens: int = 1024
     learning_rate: float = 0.015
-    contribution_weight: float = 3.0
+    contribution_weight: float = 10.0
     over_prediction: float = 1.3
     measure_every: int = 100
     patience: int = 5
@@ -86,34 +87,47 @@ class TrainingSettings:
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be from 0 to {2**31 - 1}, not {self.seed}")
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        warm = max(1, round(WARM_UP * self.steps))
-        if step < warm:
-            return self.learning_rate * (step + 1) / warm
-        done = (step - warm) / max(1, self.steps - warm)
-        return self.learning_rate * (LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * done)) / 2)
+    def rate(self, step: int, halvings: int) -> float:
+        """The learning rate of a step, counted from 0, after so many halvings."""
+        warm, last = WARM_UP * self.steps, LAST_PART * self.steps
+        return self.learning_rate * min((step + 1) / max(1, warm), (self.steps - step) / max(1, last), 1) / 2**halvings
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A layer's trained factors: neuron i is named where second_i · (first · x) + bias_i exceeds a cut.
+class Figures:
+    """How a training went, as plain data.
 
-    first: QuantTensor [R, D]; second: QuantTensor [N, R]; bias: float32 [N]. step: after how many of the
-    `steps` taken they stood. reach: on the validation tokens at the settings' over_prediction; frontier:
-    at each of FRONTIER. density: the share of neurons active on those tokens. curve: weighted recall at
-    the settings' over_prediction by step.
+    step: after how many of the `steps` taken the factors stood as they are kept. reach: on the validation
+    tokens at the settings' over_prediction; frontier: at each of FRONTIER. density: the share of neurons
+    active on those tokens. curve: weighted recall at the settings' over_prediction by step.
     """
 
-    first: QuantTensor
-    second: QuantTensor
-    bias: torch.Tensor
     step: int
     steps: int
     reach: Reach
     frontier: tuple[Reach, ...]
     density: float
     curve: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Figures:
+        """From what JSON made of `asdict`."""
+        reaches = tuple(Reach(*one) for one in plain["frontier"])
+        curve = tuple((step, reached) for step, reached in plain["curve"])
+        return cls(plain["step"], plain["steps"], Reach(*plain["reach"]), reaches, plain["density"], curve)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A layer's trained factors: neuron i is named where second_i · (first · x) + bias_i exceeds a cut.
+
+    first: QuantTensor [R, D]; second: QuantTensor [N, R]; bias: float32 [N].
+    """
+
+    first: QuantTensor
+    second: QuantTensor
+    bias: torch.Tensor
+    figures: Figures
 
 
 def train_low_rank(
@@ -154,7 +168,8 @@ class LayerTraining:
             )
         self._source, self._settings, self._kind = source, settings, BY_NAME[settings.weight_type]
         self._chunk = max(1, CHUNK_VALUES // gate.rows)
-        self._step, self._best_step, self._curve = 0, 0, list[tuple[int, float]]()
+        self._step, self._best_step, self._halvings = 0, 0, 0
+        self._curve: list[tuple[int, float]] = []
         if state is not None:
             self._restore(gate, state)
             return
@@ -162,7 +177,7 @@ class LayerTraining:
         self._moments = {name: torch.zeros_like(self._weights[name.partition(".")[2]]) for name in MOMENTS}
         # Steps are in proportion to the factors as they start; a bias is in log odds.
         self._units = [float(self._weights[name].square().mean().sqrt()) for name in TRAINED[:2]] + [1.0]
-        self._measure()
+        self.measure()
 
     def _start(self, gate: QuantTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The closed form, its scores scaled to an RMS of START_LOGIT a neuron, and log odds of firing."""
@@ -174,7 +189,7 @@ class LayerTraining:
             inputs.append(pairs.inputs)
             fired += (pairs.contribution > 0).sum(0)
         x = torch.cat(inputs)
-        first, second = closed_form(gate, x, self._settings.rank)
+        first, second = closed_form(gate, with_moments_of(x), self._settings.rank)
         hidden = x @ first.T
         sizes = ((second @ (hidden.T @ hidden / len(x))) * second).sum(1).clamp_min(1e-20).sqrt()
         odds = (fired + 0.5) / (count - fired + 0.5)
@@ -186,6 +201,11 @@ class LayerTraining:
         return self._step
 
     @property
+    def curve(self) -> Sequence[tuple[int, float]]:
+        """Weighted recall by step, as measured so far."""
+        return self._curve
+
+    @property
     def done(self) -> bool:
         since = sum(step > self._best_step for step, _ in self._curve)
         return self._step >= self._settings.steps or since >= self._settings.patience
@@ -193,10 +213,11 @@ class LayerTraining:
     def advance(self) -> None:
         """Take the steps to the next measurement, and measure. ValueError where training diverges."""
         for _ in range(min(self._settings.measure_every, self._settings.steps - self._step)):
-            self._take_step()
-        self._measure()
+            self.take_step()
+        self.measure()
 
-    def _take_step(self) -> None:
+    def take_step(self) -> None:
+        """One step of gradient descent."""
         settings = self._settings
         draw = torch.Generator().manual_seed(settings.seed * 1_000_003 + self._step)  # resumes without a state
         tokens = torch.randint(self._source.tokens, (settings.batch_tokens,), generator=draw).sort().values
@@ -209,7 +230,7 @@ class LayerTraining:
                 total += one
         self._step += 1
         for name, unit, total in zip(TRAINED, self._units, sums, strict=True):
-            self._adam(name, total / settings.batch_tokens, unit * settings.rate(self._step - 1))
+            self._adam(name, total / settings.batch_tokens, unit * settings.rate(self._step - 1, self._halvings))
 
     def _adam(self, name: str, gradient: torch.Tensor, rate: float) -> None:
         """Kingma and Ba 2015"""
@@ -238,21 +259,21 @@ class LayerTraining:
             found.add(scores(pairs.inputs, first, second, bias), pairs.contribution)
         return found
 
-    def _measure(self) -> None:
+    def measure(self) -> None:
+        """Judge the factors as they are, and keep them where they are the best so far."""
         reached = self._frontier(self._weights).at(self._settings.over_prediction).weighted_recall
         if not self._curve or reached > max(value for _, value in self._curve):
             self._best = {name: weight.clone() for name, weight in self._weights.items()}
             self._best_step = self._step
+        else:
+            self._halvings += 1
         self._curve.append((self._step, reached))
 
     def result(self) -> Trained:
         """The best factors so far."""
         first, second = self._stored(self._best)
         frontier = self._frontier(self._best)
-        return Trained(
-            first,
-            second,
-            self._best["bias"].clone(),
+        figures = Figures(
             self._best_step,
             self._step,
             frontier.at(self._settings.over_prediction),
@@ -260,6 +281,7 @@ class LayerTraining:
             frontier.density,
             tuple(self._curve),
         )
+        return Trained(first, second, self._best["bias"].clone(), figures)
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that a training needs to go on from here: plain tensors, copied."""
@@ -268,7 +290,7 @@ class LayerTraining:
             **self._moments,
             **{f"best.{name}": weight for name, weight in self._best.items()},
             "units": torch.tensor(self._units, dtype=torch.float64),
-            "steps": torch.tensor([self._step, self._best_step]),
+            "steps": torch.tensor([self._step, self._best_step, self._halvings]),
             "curve": torch.tensor(self._curve, dtype=torch.float64),
         }
         return {name: tensor.clone() for name, tensor in tensors.items()}
@@ -285,7 +307,7 @@ class LayerTraining:
         self._moments = {name: state[name].clone() for name in MOMENTS}
         self._best = {name: state[f"best.{name}"].clone() for name in TRAINED}
         self._units = state["units"].tolist()
-        self._step, self._best_step = state["steps"].tolist()
+        self._step, self._best_step, self._halvings = state["steps"].tolist()
         self._curve = [(int(step), reached) for step, reached in state["curve"].tolist()]
 
 
