@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -12,14 +14,14 @@ from pinfer.solve.parts import SEARCH_SEQUENCES, VALIDATION_SEQUENCES, deal
 def test_every_sequence_is_dealt_once_and_from_all_over(count: int) -> None:
     parts = deal([torch.tensor([number, number]) for number in range(count)])
     numbers = [[int(one[0]) for one in part] for part in parts]
-    assert sorted(sum(numbers, [])) == list(range(count))
+    assert sorted(itertools.chain.from_iterable(numbers)) == list(range(count))
     assert len(parts.validation) == min(VALIDATION_SEQUENCES, count // 4)
     assert len(parts.search) == min(SEARCH_SEQUENCES, count // 4)
     for part in numbers:
         assert part == sorted(part)
         assert part[0] < count / 3
         assert part[-1] > count / 2
-        assert max(b - a for a, b in zip(part, part[1:], strict=False)) <= count / len(part) + 3
+        assert max(b - a for a, b in itertools.pairwise(part)) <= count / len(part) + 3
 
 
 def test_too_few_say_so() -> None:

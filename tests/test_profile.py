@@ -21,10 +21,9 @@ from pinfer.cli import profile_plots, profile_report
 from pinfer.cli.main import BAD_INPUT, INTERRUPTED, OK, run
 from pinfer.config import RunConfig
 from pinfer.engine import Engine, load_engine
-from pinfer.engine.checkpoint import FOLDER
 from pinfer.engine.manifest import MANIFEST
 from pinfer.engine.measure import estimate_profile, measure_layer
-from pinfer.engine.profile import Profile, Watcher, profile
+from pinfer.engine.profile import FOLDER, Profile, Watcher, profile
 from pinfer.engine.solved import ACTIVATIONS, Solved
 from pinfer.engine.text import MIN_TOKENS, Text, cut
 from pinfer.ffn import DenseFFN

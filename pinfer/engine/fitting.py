@@ -11,7 +11,7 @@ import torch
 
 from pinfer.config import Method, ModelConfig, RunConfig
 from pinfer.engine.solved import CALIBRATION, PREDICTOR, Solved
-from pinfer.engine.text import Text, cut, ids_sha256
+from pinfer.engine.text import Text, cut, walk_settings
 from pinfer.ffn import DenseFFN
 from pinfer.formats.tokenizer import Tokenizer
 from pinfer.models import Transformer
@@ -72,13 +72,8 @@ def sequences_to_fit_on(
 def fit_settings_key(
     how: FitSettings, config: ModelConfig, sequences: list[torch.Tensor], int8: bool
 ) -> dict[str, Any]:
-    """All that fitted predictors depend on beside the model, as plain data."""
-    return dataclasses.asdict(how) | {
-        "activation": config.activation,
-        "int8": int8,
-        "ids_sha256": ids_sha256(sequences),
-        "tokens": sum(map(len, sequences)),
-    }
+    """All that fitted predictors depend on beside the model's file, as plain data."""
+    return dataclasses.asdict(how) | walk_settings(sequences, config, int8)
 
 
 def fit_predictors(

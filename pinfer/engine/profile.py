@@ -11,32 +11,25 @@ from typing import Any
 
 import torch
 
-from pinfer.engine.checkpoint import Checkpoint
+from pinfer.engine import watcher as watchers
+from pinfer.engine.checkpoint import Checkpoint, numbered
 from pinfer.engine.load import Engine
 from pinfer.engine.measure import measure_layer
 from pinfer.engine.solved import ACTIVATIONS, Solved
-from pinfer.engine.text import Text, ids_sha256
+from pinfer.engine.text import Text, walk_settings
 from pinfer.models import LayerWalk
 from pinfer.placement.statistics import LayerStatistics, from_tensors, to_tensors
 
 STAGE = "profile"
+FOLDER = "profile-checkpoint"
 DEFAULT_TOKENS = 8192
 
 
-class Watcher:
+class Watcher(watchers.Watcher):
     """What a profile tells while it runs; the base class keeps silent."""
-
-    def begin(self, n_layers: int, n_sequences: int, layers_done: int) -> None:
-        """The walk starts after so many layers."""
-
-    def sequence(self) -> None:
-        """One more sequence has passed the present layer."""
 
     def layer(self, number: int, found: LayerStatistics) -> None:
         """A layer is done and kept."""
-
-    def note(self, text: str) -> None:
-        """A remark, one line."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +53,7 @@ def profile(
     watcher = watcher or Watcher()
     settings = _settings(engine, text, sequences)
     with solved.lock():
-        checkpoint = Checkpoint(solved.path, {"settings": settings, "fingerprint": solved.model.fingerprint})
+        checkpoint = Checkpoint(solved.path / FOLDER, {"settings": settings, "fingerprint": solved.model.fingerprint})
         done = solved.stages.get(STAGE)
         if done is not None and done.settings == settings:
             watcher.note(f"{solved.path} holds this profile already")
@@ -89,14 +82,7 @@ def figures_of(layers: tuple[LayerStatistics, ...]) -> dict[str, Any]:
 
 def _settings(engine: Engine, text: Text, sequences: list[torch.Tensor]) -> dict[str, Any]:
     """All that the statistics depend on beside the model, as plain data. The number of threads is not part of it."""
-    return {
-        "text_sha256": text.sha256,
-        "ids_sha256": ids_sha256(sequences),
-        "sequences": len(sequences),
-        "tokens": sum(len(tokens) for tokens in sequences),
-        "activation": engine.config.activation,
-        "int8": engine.int8,
-    }
+    return {"text_sha256": text.sha256, **walk_settings(sequences, engine.config, engine.int8)}
 
 
 def _measure(
@@ -110,21 +96,27 @@ def _measure(
         walk.layer = len(layers)
         while walk.layer < engine.config.n_layers:
             layers.append(measure_layer(engine, walk, watcher.sequence))
-            checkpoint.save(layers[-1], walk.residuals)
-            watcher.layer(len(layers) - 1, layers[-1])
+            number = len(layers) - 1
+            new = {_layer(number): to_tensors((layers[-1],)), _residuals(number): numbered(walk.residuals)}
+            checkpoint.save(new, {"layers": len(layers)}, drop={_residuals(number - 1)})
+            watcher.layer(number, layers[-1])
     return tuple(layers)
 
 
 def _resume(checkpoint: Checkpoint, watcher: Watcher) -> tuple[list[LayerStatistics], list[torch.Tensor] | None]:
-    """The layers done and the residuals after them; none, and a fresh checkpoint, where it is of no use."""
-    checkpoint.clean()
-    try:
-        kept = checkpoint.load()
-    except ValueError as problem:
-        watcher.note(f"starting anew: {problem}")
-        kept = None
+    """The layers done and the residuals after them; none where the checkpoint is of no use."""
+    kept = checkpoint.resume(watcher)
     if kept is None:
-        checkpoint.remove()
         return [], None
-    watcher.note(f"going on after layer {len(kept[0]) - 1} of an interrupted run")
-    return kept
+    done = int(kept.data["layers"])
+    layers = [from_tensors(kept.tensors[_layer(number)], 1)[0] for number in range(done)]
+    watcher.note(f"going on after layer {done - 1} of an interrupted run")
+    return layers, kept.sequence(_residuals(done - 1))
+
+
+def _layer(number: int) -> str:
+    return f"layer-{number:03}"
+
+
+def _residuals(number: int) -> str:
+    return f"residuals-{number:03}"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from pinfer.config import ModelConfig
 from pinfer.formats.tokenizer import Tokenizer
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -76,9 +79,15 @@ def cut(
     return [torch.tensor(start + ids[at : at + length]) for at in range(0, count * stride, stride)]
 
 
-def ids_sha256(sequences: list[torch.Tensor]) -> str:
-    """What tells sequences int64 [T] from others."""
-    digest = hashlib.sha256()
+def walk_settings(sequences: Sequence[torch.Tensor], config: ModelConfig, int8: bool) -> dict[str, Any]:
+    """What a model's activations on sequences int64 [T] depend on beside its file, as plain data."""
+    ids = hashlib.sha256()
     for tokens in sequences:
-        digest.update(len(tokens).to_bytes(8, "little") + tokens.numpy().tobytes())
-    return digest.hexdigest()
+        ids.update(len(tokens).to_bytes(8, "little") + tokens.numpy().tobytes())
+    return {
+        "ids_sha256": ids.hexdigest(),
+        "sequences": len(sequences),
+        "tokens": sum(len(tokens) for tokens in sequences),
+        "activation": config.activation,
+        "int8": int8,
+    }

@@ -43,9 +43,15 @@ class Magnitudes:
 
     def quantiles(self) -> torch.Tensor:
         """float32 [QUANTILES]: the magnitudes at 0, 1, …, 100 %, each the middle of its bin; an exact zero stays zero."""
+        return self._at(torch.linspace(0, 1, QUANTILES, dtype=torch.float64))
+
+    def quantile(self, share: float) -> float:
+        """The magnitude that a share of them, 0 to 1, does not exceed, as `quantiles`."""
+        return float(self._at(torch.tensor([share], dtype=torch.float64)))
+
+    def _at(self, shares: torch.Tensor) -> torch.Tensor:
         cumulated = self._counts.cumsum(0)
-        ranks = torch.linspace(0, 1, QUANTILES, dtype=torch.float64) * (int(cumulated[-1]) - 1)
-        bins = torch.searchsorted(cumulated, ranks.round().long(), right=True)
+        bins = torch.searchsorted(cumulated, (shares * (int(cumulated[-1]) - 1)).round().long(), right=True)
         middles = (bins << DROPPED_BITS) + (1 << (DROPPED_BITS - 1))
         return torch.where(bins == 0, 0, middles).int().view(torch.float32)
 

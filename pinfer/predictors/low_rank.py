@@ -141,23 +141,22 @@ def fit_low_rank(gate: QuantTensor, activation: str, inputs: CalibrationInputs, 
 
 
 def approximate(gate: QuantTensor, inputs: torch.Tensor, rank: int) -> tuple[QuantTensor, QuantTensor]:
-    """first [R, D] and second [N, R] whose product is close to the gate [N, D] on inputs float32 [T, D].
+    """`closed_form` as it is stored: first QuantTensor [R, D] and second QuantTensor [N, R]."""
+    first, second = closed_form(gate, inputs, rank)
+    return quantize(first, stored_type(gate.columns)), quantize(second, stored_type(rank))
+
+
+def closed_form(gate: QuantTensor, inputs: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """first float32 [R, D] and second [N, R] whose product is close to the gate [N, D] on inputs float32 [T, D].
 
     With S the inputs and some noise as columns and W the inverse of each neuron's RMS gate, first
     and second are Uᵀ·W·G and W⁻¹·U, U being the leading left singular vectors of W·G·S: no other
     rank-R matrix times G has a smaller error relative to what each neuron does. U comes through the
-    eigenvectors of (W·G·S)ᵀ(W·G·S), so that G is dequantised in chunks, twice.
+    eigenvectors of (W·G·S)ᵀ(W·G·S), so that G is dequantised in chunks, twice. ValueError for a gate
+    or inputs that are not finite.
     """
     sketch = _with_noise(inputs, rank)  # [M, D]
-    gram = torch.zeros(len(sketch), len(sketch), dtype=torch.float64, device=gate.device)
-    sizes = []
-    for rows in _dequantised(gate):
-        outputs = rows @ sketch.T  # [rows, M]
-        sizes.append(outputs[:, : len(inputs)].square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-20))
-        outputs = (outputs / sizes[-1]).double()
-        gram += outputs.T @ outputs
-    if not bool(gram.isfinite().all()):
-        raise ValueError("a gate or its inputs are not finite: the weights are damaged")
+    gram, sizes = _gram(gate, sketch, len(inputs))
     squares, vectors = torch.linalg.eigh(gram)  # ascending
     singular = squares[-rank:].clamp_min(0).sqrt()
     sound = singular > SMALLEST_SINGULAR * singular[-1]
@@ -172,7 +171,37 @@ def approximate(gate: QuantTensor, inputs: torch.Tensor, rank: int) -> tuple[Qua
     # weights, or activations between the two products, share a scale in blocks of 32 directions.
     balance = (inputs @ first.T).square().mean(dim=0).sqrt().clamp_min(1e-20).sqrt()  # [R]
     first, left = first / balance[:, None], torch.cat(second) * balance
-    return quantize(first, stored_type(gate.columns)), quantize(left, stored_type(rank))
+    return first, left
+
+
+def spectrum(gate: QuantTensor, inputs: torch.Tensor) -> torch.Tensor:
+    """float64 [min(T, D)], descending: the energy of each direction of the outputs of gate [N, D] on inputs [T, D].
+
+    Every neuron's outputs are scaled to a mean square of 1: what `closed_form` leaves out at rank R is
+    the sum of all but the first R.
+    """
+    gram, _ = _gram(gate, inputs, len(inputs))
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)[: min(inputs.shape)]
+
+
+def _gram(gate: QuantTensor, sketch: torch.Tensor, tokens: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(W·G·S)ᵀ(W·G·S) float64 [M, M] for a sketch [M, D], and W⁻¹ in chunks [rows, 1] from its first `tokens` rows."""
+    gram = torch.zeros(len(sketch), len(sketch), dtype=torch.float64, device=gate.device)
+    sizes = []
+    for rows in _dequantised(gate):
+        outputs = rows @ sketch.T  # [rows, M]
+        sizes.append(outputs[:, :tokens].square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-20))
+        outputs = (outputs / sizes[-1]).double()
+        gram += outputs.T @ outputs
+    if not bool(gram.isfinite().all()):
+        raise ValueError("a gate or its inputs are not finite: the weights are damaged")
+    return gram, sizes
+
+
+def with_moments_of(inputs: torch.Tensor) -> torch.Tensor:
+    """Rows float32 [min(T, D), D] with the mean of x·xᵀ over inputs [T, D]: all that a closed form sees of them."""
+    tokens, width = inputs.shape
+    return inputs if tokens <= width else torch.linalg.qr(inputs, mode="r").R * math.sqrt(width / tokens)
 
 
 def _with_noise(inputs: torch.Tensor, rank: int) -> torch.Tensor:
