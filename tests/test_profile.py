@@ -471,7 +471,7 @@ def test_killed_anywhere_it_ends_the_same(model: Path, tmp_path: Path, text_file
 def test_ctrl_c_ends_with_130_and_says_how_to_go_on(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "_Lines", lambda: Recorder(layers=1))
+    monkeypatch.setattr(command, "_Watcher", lambda _: Recorder(layers=1))
     assert run(["profile", "-m", str(model), "-o", str(tmp_path / "m"), "--tokens", "200"]) == INTERRUPTED
     assert "the same command goes on from there" in capsys.readouterr().err
     assert (tmp_path / "m" / FOLDER).is_dir()

@@ -21,7 +21,10 @@ PredictorPath = Annotated[
     str | None, typer.Option("--predictor-path", help="Directory of pinfer solve or train, whose predictors are used.")
 ]
 GpuLayers = Annotated[
-    int | None, typer.Option("-ngl", "--gpu-layers", "--n-gpu-layers", help="Layers on the GPU (no effect yet).")
+    int | None,
+    typer.Option(
+        "-ngl", "--gpu-layers", "--n-gpu-layers", "--target-gpu-layers", help="Layers on the GPU (no effect yet)."
+    ),
 ]
 GpuMemory = Annotated[
     float | None, typer.Option("--gpu-memory-gb", "--vram-budget", help="GPU memory to use, GB (no effect yet).")

@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import typer
 
 import pinfer
-from pinfer.cli import bench, evaluate, generate, inspect, profile, tokenize
+from pinfer.cli import bench, evaluate, generate, inspect, profile, solve, tokenize, train
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -38,7 +38,9 @@ app.command("bench")(bench.bench)
 app.command("eval")(evaluate.evaluate_command)
 app.command("inspect")(inspect.inspect)
 app.command("profile")(profile.profile_command)
+app.command("solve")(solve.solve_command)
 app.command("tokenize")(tokenize.tokenize)
+app.command("train")(train.train_command)
 
 
 def _show_version(wanted: bool) -> None:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from pinfer.cli import options
 from pinfer.cli.console import console, emit_json, note, printable, size
 from pinfer.cli.generate import ActivationOption, Threads
 from pinfer.cli.profile_report import COLUMNS, REPORT, rows, write_report
+from pinfer.cli.progress import Told, duration, layers
 from pinfer.config import RunConfig
 from pinfer.engine import Engine, load_engine
 from pinfer.engine.generate import peak_rss_bytes
@@ -62,7 +58,7 @@ def profile_command(
         return
     solved = Solved.open_or_create(output or f"{engine.path.name.removesuffix('.gguf')}.pinfer", engine.gguf)
     started = time.perf_counter()
-    result = _run(engine, solved, calibration, sequences)
+    result = run_profile(engine, solved, calibration, sequences)
     seconds = time.perf_counter() - started
     files, problem = write_report(solved.path, engine.path.name, calibration.name, result)
     if problem:
@@ -73,71 +69,19 @@ def profile_command(
         _print(engine, solved, result, calibration)
 
 
-def _run(engine: Engine, solved: Solved, text: Text, sequences: list[torch.Tensor]) -> Profile:
+def run_profile(engine: Engine, solved: Solved, text: Text, sequences: list[torch.Tensor]) -> Profile:
+    """Profile with its progress told; Ctrl-C says how to go on."""
     try:
-        with _watching() as watcher:
-            return profile(engine, solved, text, sequences, watcher)
+        with layers() as progress:
+            return profile(engine, solved, text, sequences, _Watcher(progress))
     except KeyboardInterrupt:
         note(f"{solved.path} keeps the layers that are done: the same command goes on from there")
         raise
 
 
-class _Lines(Watcher):
-    """A line a layer, where stderr is no terminal."""
-
-    def begin(self, n_layers: int, n_sequences: int, layers_done: int) -> None:
-        self._n_layers, self._first, self._started = n_layers, layers_done, time.perf_counter()
-
+class _Watcher(Told, Watcher):
     def layer(self, number: int, found: LayerStatistics) -> None:
-        each_s = (time.perf_counter() - self._started) / (number + 1 - self._first)
-        left = duration(each_s * (self._n_layers - number - 1))
-        note(f"layer {number}, {number + 1} of {self._n_layers}: density {100 * found.density:.1f} %; {left} left")
-
-    def note(self, text: str) -> None:
-        note(text)
-
-
-class _Bar(Watcher):
-    """A progress bar with the time left, on a terminal."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def begin(self, n_layers: int, n_sequences: int, layers_done: int) -> None:
-        # Its speed is that of this run: what an earlier one did is not counted.
-        self._n_layers, self._layer = n_layers, layers_done
-        self._task = self._progress.add_task(self._title(), total=(n_layers - layers_done) * n_sequences)
-
-    def _title(self) -> str:
-        return f"layer {min(self._layer + 1, self._n_layers)} of {self._n_layers}"
-
-    def sequence(self) -> None:
-        self._progress.advance(self._task)
-
-    def layer(self, number: int, found: LayerStatistics) -> None:
-        self._layer = number + 1
-        self._progress.update(self._task, description=self._title())
-
-    def note(self, text: str) -> None:
-        self._progress.console.print(f"pinfer: {text}", markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _watching() -> Iterator[Watcher]:
-    if sys.stderr is None or not sys.stderr.isatty():
-        yield _Lines()
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("sequences"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(file=sys.stderr), transient=True) as progress:
-        yield _Bar(progress)
-
-
-def duration(seconds: float) -> str:
-    """Time as people say it."""
-    if seconds < 100:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+        self.progress.layer(number, f"density {100 * found.density:.1f} %")
 
 
 def _tell(found: Estimate, json: bool) -> None:

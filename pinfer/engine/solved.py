@@ -122,6 +122,10 @@ class Solved:
     def has(self, name: str) -> bool:
         return name in self._manifest.files
 
+    def sha256(self, name: str) -> str:
+        """The digest of a file. ValueError if the directory does not have it."""
+        return self._mark(name).sha256
+
     def read(self, name: str) -> bytes:
         """The content of a file, checked. ValueError if the directory does not have it or it is damaged."""
         mark = self._mark(name)

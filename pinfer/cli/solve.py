@@ -1,0 +1,118 @@
+"""pinfer solve: from a model and a text to predictors and densities with a known quality, in one resumable command."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from pinfer.cli import options
+from pinfer.cli.console import console, emit_json, note, printable
+from pinfer.cli.generate import ActivationOption, GpuLayers, GpuMemory, MethodOption, Recall, Threads
+from pinfer.cli.profile import Output, TextFile, run_profile
+from pinfer.cli.train import (
+    Disk,
+    DryRun,
+    Job,
+    Rank,
+    Share,
+    Steps,
+    Tokens,
+    TrainSparsity,
+    predictor_figures,
+    print_predictors,
+    tell_estimates,
+    training_settings,
+)
+from pinfer.config import RunConfig
+from pinfer.engine.generate import peak_rss_bytes
+from pinfer.engine.profile import DEFAULT_TOKENS
+from pinfer.engine.text import Text, cut
+from pinfer.predictors.training import TrainingSettings
+from pinfer.quality import Target
+from pinfer.solve.calibration import make_calibration
+from pinfer.solve.estimate import estimate_stages
+
+DEFAULT_QUALITY = 0.99
+Density = Annotated[float | None, typer.Option("--density", help="Mean share of neurons to compute, such as 0.3.")]
+Quality = Annotated[
+    float | None,
+    typer.Option("--quality", help="Share of the dense perplexity to keep; 0.99 where no density is given."),
+]
+
+
+def solve_command(
+    model: options.Model = None,
+    output: Output = None,
+    text: TextFile = None,
+    tokens: Tokens = None,
+    method: MethodOption = "auto",
+    density: Density = None,
+    quality: Quality = None,
+    rank: Rank = None,
+    share: Share = 0.05,
+    steps: Steps = TrainingSettings().steps,
+    sparsity: TrainSparsity = None,
+    recall: Recall = 0.99,
+    disk_gb: Disk = 8.0,
+    gpu_memory_gb: GpuMemory = None,
+    gpu_layers: GpuLayers = None,
+    threads: Threads = None,
+    activation: ActivationOption = None,
+    dry_run: DryRun = False,
+    json: options.Json = False,
+) -> None:
+    """Profile, make predictors and calibrate them; goes on where an interrupted run stopped."""
+    target = Target(density, DEFAULT_QUALITY if density is None and quality is None else quality)
+    for name, value in (("--gpu-memory-gb", gpu_memory_gb), ("--target-gpu-layers", gpu_layers)):
+        if value is not None:
+            note(f"{name} {value:g} has no effect: neurons are not placed on a GPU yet")
+    run = RunConfig(model=model, threads=threads, activation=activation, method="dense", recall=recall)
+    settings = training_settings(rank, share, steps, sparsity, disk_gb)
+    job = Job.of(run, method, Text.read(text), tokens, settings, output)
+    profiled = cut(job.engine.tokenizer, job.text, DEFAULT_TOKENS, job.engine.model.context)
+    if dry_run:
+        tell_estimates(job, estimate_stages(job.engine, job.plan, job.parts, profiled), json)
+        return
+    solved, started = job.directory(), time.perf_counter()
+    note(f"{solved.path}: profile, predictors, calibration")
+    run_profile(job.engine, solved, job.text, profiled)
+    predictors = job.predictors(solved)
+    try:
+        found = make_calibration(job.engine, solved, predictors, job.parts, target, note)
+    except KeyboardInterrupt:
+        note(f"{solved.path} keeps what is measured: the same command goes on from there")
+        raise
+    figures = predictor_figures(solved) | {"calibration": found}
+    if json:
+        emit_json(
+            {"directory": str(solved.path), "model": str(job.engine.path)}
+            | figures
+            | {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
+        )
+        return
+    out = console()
+    out.print(printable(f"{job.engine.path.name}: {job.plan.method} predictors on {job.text.name}"))
+    print_predictors(figures)
+    for line in _reached(found):
+        out.print(line)
+    out.print(printable(f"{solved.path}: run with --predictor-path {solved.path}"))
+
+
+def _reached(found: Mapping[str, Any]) -> list[str]:
+    """What calibration chose and what it costs, line by line."""
+    chosen = found[found["allocation"]]
+    other = "uniform" if found["allocation"] == "sensitivity" else "sensitivity"
+    lines = [
+        f"density {100 * found['density']:.1f} % over all layers, allotted by {found['allocation']}: "
+        f"{chosen['added']:+.4f} ± {chosen['added_error']:.4f} nats a token, KL {chosen['kl']:.4f} "
+        f"(by {other}: {found[other]['kl']:.4f}), on text that nothing was fitted to"
+    ]
+    if "allowed" in found:
+        lines.append(
+            f"quality {found['target']['quality']:g} allows {found['allowed']:.4f} nats; "
+            f"with its uncertainty the loss is at most {found['bound']:.4f}"
+        )
+    return lines

@@ -1,0 +1,98 @@
+"""The calibration stage: a density for each layer that meets a target, kept in the solved directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pinfer.engine import Engine
+from pinfer.engine.fitting import CALIBRATE
+from pinfer.engine.prepared import Prepared
+from pinfer.engine.solved import CALIBRATION, PREDICTOR, Solved
+from pinfer.engine.text import walk_settings
+from pinfer.files import write_atomically
+from pinfer.predictors import Predictor
+from pinfer.quality import Target, calibrate
+from pinfer.solve.parts import Parts
+
+MEASURED = "calibrate-checkpoint.json"
+
+
+def make_calibration(
+    engine: Engine,
+    solved: Solved,
+    predictors: Sequence[Predictor],
+    parts: Parts,
+    target: Target,
+    tell: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Densities for the directory's predictors, and the figures reached; a calibration that is there already stays.
+
+    Measurements are kept as they are made, so that an interrupted run goes on, and another target for the
+    same predictors and text measures only what is new. ValueError as `calibrate`, and while another process
+    writes into the directory.
+    """
+    settings = {
+        **{f"{name}_{key}": one for name in ("search", "validation") for key, one in _of(engine, parts, name).items()},
+        "target": {name: value for name, value in asdict(target).items() if value is not None},
+    }
+    with solved.lock():
+        done = solved.stages.get(CALIBRATE)
+        if done is not None and done.settings == settings:
+            tell(f"{solved.path} is calibrated for this already")
+            return done.figures
+        ledger = _Measured(solved, {key: one for key, one in settings.items() if key != "target"}, tell)
+        prepared = Prepared(engine.gguf, engine.config, tell)
+        with engine.computing():
+            found = calibrate(
+                engine.model,
+                predictors,
+                parts.search,
+                parts.validation,
+                target,
+                prepared.downs(),
+                known=ledger.known,
+                measured=ledger.keep,
+            )
+        content = {"densities": found.densities, "curves": [asdict(curve) for curve in found.curves]}
+        solved.write(
+            CALIBRATION,
+            (json.dumps(content, indent=1) + "\n").encode(),
+            stage=CALIBRATE,
+            settings=settings,
+            figures=found.figures,
+            made_from=(PREDICTOR,),
+        )
+    return solved.stages[CALIBRATE].figures
+
+
+def _of(engine: Engine, parts: Parts, name: str) -> dict[str, Any]:
+    sequences: list[torch.Tensor] = getattr(parts, name)
+    found = walk_settings(sequences, engine.config, engine.int8)
+    return {key: found[key] for key in ("ids_sha256", "tokens", "int8")}
+
+
+class _Measured:
+    """Measurements by name, in a file beside the directory's own, for these predictors and sequences alone."""
+
+    def __init__(self, solved: Solved, settings: Mapping[str, Any], tell: Callable[[str], None]) -> None:
+        self._path: Path = solved.path / MEASURED
+        self._key = {**settings, "predictor_sha256": solved.sha256(PREDICTOR)}
+        self._tell = tell
+        self.known: dict[str, Any] = {}
+        try:
+            content = json.loads(self._path.read_bytes())
+            if content["key"] == self._key:
+                self.known = dict(content["measured"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # none, or of no use: everything is measured
+
+    def keep(self, name: str, found: Any, left_s: float) -> None:
+        self.known[name] = found
+        write_atomically(self._path, json.dumps({"key": self._key, "measured": self.known}).encode())
+        self._tell(f"calibrating: {name}; {left_s:.0f} s left at most")
