@@ -40,3 +40,10 @@ class LayerWalk:
         for sequence in range(len(self.residuals)):
             self.step(sequence)
         self.layer += 1
+
+    def rest(self, sequence: int) -> torch.Tensor:
+        """What the head reads of one sequence, float32 [T, D], if it went through all layers left; the walk stays."""
+        x = self.residuals[sequence]
+        for block in self.model.blocks[self.layer :]:
+            x = block(x, self._cache, opens=True)
+        return self.model.norm(x)

@@ -1,0 +1,69 @@
+"""What densities are calibrated to, and the bound by which a quality is judged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from pinfer.predictors.cuts import DENSITIES
+from pinfer.quality.trials import Loss
+
+LEAST_DENSITY = DENSITIES[0]
+CONFIDENCE = 1.64  # standard deviations that 95 % of a normal distribution lie below
+# Of ten sequences, by number, those to fit predictors on and those to search on; the rest validates.
+_FIT, _SEARCH = (0, 3, 7), (1, 5)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is asked for: a mean density over layers, or a share of the dense model's perplexity to keep; one of them."""
+
+    density: float | None = None
+    quality: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.density is None) == (self.quality is None):
+            raise ValueError(
+                f"calibration is for a density or for a quality: one of them, not {self.density} and {self.quality}"
+            )
+        if self.density is not None and not LEAST_DENSITY <= self.density <= 1:
+            raise ValueError(f"density must lie in [{LEAST_DENSITY:g}, 1], not {self.density:g}")
+        if self.quality is not None and not 0 < self.quality < 1:
+            raise ValueError(f"quality must lie in (0, 1), such as 0.99, not {self.quality:g}")
+
+    @property
+    def allowed(self) -> float:
+        """Nats a token that may be added; infinite for a density."""
+        return math.inf if self.quality is None else -math.log(self.quality)
+
+
+def bound(loss: Loss) -> float:
+    """Nats a token that a text of the calibration's kinds hardly exceeds.
+
+    The greater of two: what was added, with its confidence bound; and the KL, for which added nats
+    stand where the dense model's own probabilities are right, with a bound for a single new sequence.
+    The first alone is noisy, and knows nothing of how texts differ.
+    """
+    spread = math.hypot(loss.kl_error, loss.kl_spread)
+    return max(loss.added + CONFIDENCE * loss.added_error, loss.kl + CONFIDENCE * spread)
+
+
+class Parts(NamedTuple):
+    """Sequences of one text: to fit predictors on, to search on, to validate on."""
+
+    fit: list[torch.Tensor]
+    search: list[torch.Tensor]
+    validation: list[torch.Tensor]
+
+
+def deal(sequences: Sequence[torch.Tensor]) -> Parts:
+    """Three, two and five of ten sequences, taken evenly from all over, so that every kind of text is in each part."""
+    of = {number: part for part, numbers in ((0, _FIT), (1, _SEARCH)) for number in numbers}
+    parts = Parts([], [], [])
+    for number, tokens in enumerate(sequences):
+        parts[of.get(number % 10, 2)].append(tokens)
+    return parts
