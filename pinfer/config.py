@@ -14,7 +14,15 @@ from typing import Any, Literal, get_args
 Activation = Literal["silu", "gelu_tanh", "relu", "relu2", "drelu"]
 RopeStyle = Literal["interleaved", "halves"]
 Method = Literal[
-    "auto", "dense", "exact", "gate_threshold", "weighted_threshold", "shift_threshold", "low_rank", "sign_bits"
+    "auto",
+    "dense",
+    "exact",
+    "gate_threshold",
+    "weighted_threshold",
+    "shift_threshold",
+    "input_threshold",
+    "low_rank",
+    "sign_bits",
 ]
 Backend = Literal["auto", "reference", "cpu", "triton"]
 Precision = Literal["auto", "float32", "int8"]
@@ -127,7 +135,8 @@ class RunConfig:
     `method` picks the predictor: `dense` computes every neuron, `exact` needs a ReLU model,
     `gate_threshold` (CATS) needs `sparsity`, `low_rank` needs it for models without ReLU; `auto` is
     `exact` for ReLU models, and otherwise `gate_threshold` where a sparsity is given, else `dense`.
-    `weighted_threshold` and `shift_threshold` need `sparsity` as well, `sign_bits` a ReLU model.
+    `weighted_threshold`, `shift_threshold` and `input_threshold` (TEAL, which skips inputs instead of
+    neurons) need `sparsity` as well, `sign_bits` a ReLU model.
     `predictor_rank` is that of `low_rank`, and `recall`, the share of active neurons to catch, that
     of `low_rank` and `sign_bits`. `cold_fraction` puts that share of each layer's neurons on a
     second shard (HybridFFN). `model` None is the shipped one; `context`

@@ -12,7 +12,15 @@ from typing import cast
 import torch
 
 from pinfer.config import Method
-from pinfer.ffn import Activity, DenseFFN, FFNWeights, HybridFFN, SparseFFN
+from pinfer.ffn import (
+    Activity,
+    DenseFFN,
+    FFNWeights,
+    HybridFFN,
+    InputMajorWeights,
+    InputSparseFFN,
+    SparseFFN,
+)
 from pinfer.kernels.activation import CLAMPS_UP, ZERO_BELOW_ZERO
 from pinfer.kernels.transpose import transpose_weights
 from pinfer.models import KVCache, LayerWalk, Transformer
@@ -22,12 +30,14 @@ from pinfer.predictors import (
     ExactPredictor,
     FFNMatrices,
     GateThreshold,
+    InputThreshold,
     LowRank,
     LowRankSettings,
     Predictor,
     PredictorQuality,
     SignBits,
     WeightedThreshold,
+    fit_input_threshold,
     fit_low_rank,
     fit_sign_bits,
     fit_weighted_threshold,
@@ -39,8 +49,10 @@ from pinfer.quant import QuantTensor
 PredictorMaker = Callable[[int, DenseFFN], Predictor]
 # A layer's `down` as rows [N, D], and the relative RMS error of that.
 DownMaker = Callable[[int, DenseFFN], tuple[QuantTensor, float]]
+# A layer's weights by what they are multiplied with.
+InputMajorMaker = Callable[[int, DenseFFN], InputMajorWeights]
 
-THRESHOLDED: tuple[Method, ...] = ("gate_threshold", "weighted_threshold", "shift_threshold")
+THRESHOLDED: tuple[Method, ...] = ("gate_threshold", "weighted_threshold", "shift_threshold", "input_threshold")
 # Of the sequences that low_rank is calibrated on, by number modulo 4: two parts to fit on, one for
 # the threshold, one to report on.
 _FIT, _THRESHOLD, _REPORT = (0, 2), (1,), (3,)
@@ -123,6 +135,27 @@ def fit_weighted_predictors(
             raise ValueError("this model's FFN has no gate to rank neurons by: try exact or low_rank")
         matrices = FFNMatrices(ffn.gate, ffn.up, ffn.down, ffn.activation)
         fitted.append(fit_weighted_threshold(matrices, torch.cat([x[1:] for x in inputs]), sparsity, shifted=shifted))
+    return fitted
+
+
+def fit_input_thresholds(
+    model: Transformer,
+    sequences: Sequence[torch.Tensor],
+    sparsity: float,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[InputThreshold]:
+    """InputThreshold for every layer of a dense model, from its own inputs on sequences int64 [T].
+
+    Leaves out each sequence's first token. ValueError for a sequence of a single token.
+    """
+    _check_dense(model)
+    if any(len(tokens) < 2 for tokens in sequences):
+        raise ValueError("calibration needs sequences of at least 2 tokens")
+    fitted = []
+    for layer, (ffn, inputs) in enumerate(ffn_inputs(model, sequences), 1):
+        progress(f"fitting thresholds, layer {layer} of {model.config.n_layers}")
+        x = torch.cat([x[1:] for x in inputs])
+        fitted.append(fit_input_threshold(x, ffn.gate, ffn.up, ffn.activation, sparsity))
     return fitted
 
 
@@ -226,13 +259,39 @@ def sparsify(
     return model
 
 
+def input_major(layer: int, ffn: DenseFFN) -> InputMajorWeights:
+    """The weights of a layer, transposed here and now."""
+    gate, gate_error = transpose_weights(ffn.gate)
+    up, up_error = (None, 0.0) if ffn.up is None else transpose_weights(ffn.up)
+    down, down_error = transpose_weights(ffn.down)
+    return InputMajorWeights(gate, up, down, max(gate_error, up_error), down_error)
+
+
+def sparsify_inputs(
+    model: Transformer, thresholds: Sequence[InputThreshold], weights: InputMajorMaker = input_major
+) -> Transformer:
+    """Replace every DenseFFN in place by an InputSparseFFN, thresholds one a layer. Returns the same model."""
+    for layer, block in enumerate(model.blocks):
+        dense = block.ffn
+        if not isinstance(dense, DenseFFN):
+            raise ValueError(f"layer {layer} is not dense: it has a {type(dense).__name__}")
+        block.ffn = InputSparseFFN(weights(layer, dense), thresholds[layer], dense.activation)
+    return model
+
+
 def _hybrid(sparse: SparseFFN, hot: torch.Tensor, cold: torch.Tensor) -> HybridFFN:
     return HybridFFN(sparse.shard(hot), sparse.shard(cold, compensated=False))
 
 
 def down_error(model: Transformer) -> float:
     """Relative RMS error that transposing `down` brought, the mean over layers; 0 where it was exact or not done."""
-    errors = [parts[0].weights.down_error for ffn in model.ffns() if (parts := _shards(ffn))]
+    errors = [parts[0].weights.down_error for ffn in model.ffns() if (parts := _parts(ffn))]
+    return sum(errors) / len(errors) if errors else 0.0
+
+
+def input_error(model: Transformer) -> float:
+    """The same of gate and up, which input_threshold has transposed."""
+    errors = [ffn.weights.input_error for ffn in model.ffns() if isinstance(ffn, InputSparseFFN)]
     return sum(errors) / len(errors) if errors else 0.0
 
 
@@ -244,7 +303,7 @@ def predictor_qualities(model: Transformer) -> list[PredictorQuality]:
 
 @dataclass(frozen=True)
 class LayerDensity:
-    """Neurons computed in one layer, as a share of its N, since the last reset."""
+    """Neurons computed in one layer, as a share of its N, since the last reset; or their worth (see InputActivity)."""
 
     layer: int
     active: float
@@ -260,7 +319,7 @@ def layer_densities(model: Transformer) -> list[LayerDensity]:
     """Per layer, what was computed since `reset_activity`; empty for a dense model."""
     densities = []
     for layer, ffn in enumerate(model.ffns()):
-        parts = [shard.activity for shard in _shards(ffn)]
+        parts = [part.activity for part in _parts(ffn)]
         if parts:
             active = sum(float(part.active) for part in parts)
             neurons = sum(part.n_neurons for part in parts)
@@ -277,7 +336,7 @@ def density(model: Transformer) -> float:
 
 def activities(model: Transformer) -> list[Activity]:
     """The counts of every sparse part of the model."""
-    return [shard.activity for ffn in model.ffns() for shard in _shards(ffn)]
+    return [part.activity for ffn in model.ffns() for part in _parts(ffn)]
 
 
 def predictor_bytes(model: Transformer) -> int:
@@ -293,3 +352,8 @@ def reset_activity(model: Transformer) -> None:
 def _shards(ffn: torch.nn.Module) -> list[SparseFFN]:
     """The sparse parts of a layer's FFN: itself, a hybrid's two, or none of a dense one's."""
     return [module for module in ffn.modules() if isinstance(module, SparseFFN)]
+
+
+def _parts(ffn: torch.nn.Module) -> Sequence[SparseFFN | InputSparseFFN]:
+    """The parts of a layer's FFN that skip anything, and count what they do not."""
+    return [ffn] if isinstance(ffn, InputSparseFFN) else _shards(ffn)

@@ -22,20 +22,23 @@ from pinfer.kernels.planes import repack
 from pinfer.kernels.registry import backend_on, check_backend, use_backend, use_int8
 from pinfer.models import Transformer, build_model, replace_weights
 from pinfer.placement import Plan
-from pinfer.predictors import LowRank, LowRankSettings, SignBits, WeightedThreshold
+from pinfer.predictors import InputThreshold, LowRank, LowRankSettings, SignBits, WeightedThreshold
 from pinfer.sparsify import (
     PredictorMaker,
     calibrate_gate_thresholds,
     down_error,
     exact_predictors,
+    fit_input_thresholds,
     fit_low_rank_predictors,
     fit_sign_predictors,
     fit_weighted_predictors,
     fitted_predictors,
     gate_threshold_predictors,
+    input_error,
     predictor_qualities,
     resolve_method,
     sparsify,
+    sparsify_inputs,
 )
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -116,8 +119,8 @@ def load_engine(run: RunConfig, progress: Callable[[str], None] = lambda _: None
     if run.activation is not None:
         config = dataclasses.replace(config, activation=run.activation)
     method = resolve_method(run.method, config.activation, run.sparsity)
-    if method == "dense" and run.cold_fraction:
-        raise ValueError(f"cold_fraction {run.cold_fraction:g} has no meaning for the dense method")
+    if method in ("dense", "input_threshold") and run.cold_fraction:
+        raise ValueError(f"cold_fraction {run.cold_fraction:g} has no meaning for the {method} method")
     tokenizer = load_tokenizer(gguf.metadata)
     if tokenizer.vocab_size > config.vocab_size:
         raise gguf.error(f"the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size} rows")
@@ -142,6 +145,8 @@ def _notes(engine: Engine) -> Iterator[str]:
         yield f"the slower torch reference computes: {problem}"
     if error := down_error(engine.model):
         yield f"down was requantised to Q8_0 for the sparse path, at {100 * error:.2g} % of its weights' RMS"
+    if error := input_error(engine.model):
+        yield f"gate and up are requantised to Q8_0 at each start, at {100 * error:.2g} % of their weights' RMS"
     if qualities := predictor_qualities(engine.model):
         recalls, densities, active = (
             [getattr(layer, name) for layer in qualities] for name in ("recall", "density", "active")
@@ -164,6 +169,9 @@ def _lay_out(model: Transformer) -> None:
 
 def _make_sparse(engine: Engine, prepared: Prepared) -> None:
     if engine.method == "dense":
+        return
+    if engine.method == "input_threshold":
+        sparsify_inputs(engine.model, _input_thresholds(engine), prepared.input_major())
         return
     config, run = engine.config, engine.run
     plan = Plan.uniform(config.n_layers, config.d_ffn, run.cold_fraction) if run.cold_fraction else None
@@ -204,6 +212,14 @@ def _weighted(engine: Engine) -> list[WeightedThreshold]:
     shifted = engine.method == "shift_threshold"
     return fit_weighted_predictors(
         engine.model, sequences, engine.run.sparsity, shifted=shifted, progress=engine.progress
+    )
+
+
+def _input_thresholds(engine: Engine) -> list[InputThreshold]:
+    assert engine.run.sparsity is not None
+    engine.progress("calibrating thresholds on the shipped text")
+    return fit_input_thresholds(
+        engine.model, _to_fit_on(engine, WEIGHTED_SEQUENCES), engine.run.sparsity, engine.progress
     )
 
 

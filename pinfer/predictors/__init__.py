@@ -3,6 +3,7 @@
 from pinfer.predictors.base import Prediction, Predictor, PredictorQuality
 from pinfer.predictors.exact import ExactPredictor
 from pinfer.predictors.gate_threshold import GateThreshold, gate_threshold_for
+from pinfer.predictors.input_threshold import InputThreshold, fit_input_threshold
 from pinfer.predictors.low_rank import CalibrationInputs, LowRank, LowRankSettings, fit_low_rank
 from pinfer.predictors.sign_bits import SignBits, fit_sign_bits
 from pinfer.predictors.weighted_threshold import FFNMatrices, WeightedThreshold, fit_weighted_threshold
@@ -12,6 +13,7 @@ __all__ = [
     "ExactPredictor",
     "FFNMatrices",
     "GateThreshold",
+    "InputThreshold",
     "LowRank",
     "LowRankSettings",
     "Prediction",
@@ -19,6 +21,7 @@ __all__ = [
     "PredictorQuality",
     "SignBits",
     "WeightedThreshold",
+    "fit_input_threshold",
     "fit_low_rank",
     "fit_sign_bits",
     "fit_weighted_threshold",

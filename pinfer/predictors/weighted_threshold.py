@@ -103,7 +103,7 @@ def fit_weighted_threshold(ffn: FFNMatrices, x: torch.Tensor, sparsity: float, *
         counts = up.clamp_min(0) if ffn.activation in CLAMPS_UP else up.abs()
         weights.append(counts.mean(dim=0).clamp_min(1e-20))
         sizes.append(((values - centers[-1]).abs() * weights[-1])[_sample(x.shape[0], ffn.gate.rows)])
-    center, cut = torch.cat(centers), _quantile(torch.cat(sizes, dim=1), sparsity)
+    center, cut = torch.cat(centers), quantile(torch.cat(sizes, dim=1), sparsity)
     threshold = cut / torch.cat(weights)
     if not shifted:
         return WeightedThreshold(ffn.gate, ffn.activation, threshold, None, None, 1 - sparsity)
@@ -131,7 +131,7 @@ def _sample(tokens: int, neurons: int) -> slice:
     return slice(None, None, max(1, -(-tokens * neurons // KEPT_VALUES)))
 
 
-def _quantile(sizes: torch.Tensor, share: float) -> torch.Tensor:
+def quantile(sizes: torch.Tensor, share: float) -> torch.Tensor:
     """What a share of the sizes does not exceed; below all of them for 0."""
     if share == 0:
         return sizes.new_tensor(-1.0)
