@@ -42,7 +42,7 @@ NumaOption = Annotated[
 ]
 MethodOption = Annotated[Method, typer.Option("--method", help="Which neurons to compute.")]
 Sparsity = Annotated[
-    float | None, typer.Option("--sparsity", help="Share to skip with gate_threshold or low_rank, such as 0.5.")
+    float | None, typer.Option("--sparsity", help="Share to skip with low_rank or a threshold method, such as 0.5.")
 ]
 PredictorRank = Annotated[int, typer.Option("--predictor-rank", help="Rank of low_rank, a multiple of 32.")]
 Record = Annotated[bool, typer.Option("--record/--no-record", help="Repeat decode steps from a recording.")]
