@@ -25,11 +25,11 @@ from pinfer import sparsify
 from pinfer.config import Method, RunConfig
 from pinfer.engine import Engine, load_engine
 from pinfer.engine.text import CALIBRATION_TEXT
-from pinfer.ffn import SparseFFN
+from pinfer.ffn import InputSparseFFN, SparseFFN
 from pinfer.quality import Perplexity, perplexity, windows
 
 HERE = Path(__file__).parent
-METHODS: tuple[Method, ...] = ("gate_threshold", "weighted_threshold", "shift_threshold")
+METHODS: tuple[Method, ...] = ("gate_threshold", "weighted_threshold", "shift_threshold", "input_threshold")
 SPARSITIES = (0.3, 0.5, 0.7)
 DENSE: tuple[Method, None] = ("dense", None)
 
@@ -54,13 +54,19 @@ def measure(run: RunConfig, text: str, length: int, count: int) -> dict[str, Any
 
 
 def bytes_share(engine: Engine) -> float:
-    """FFN bytes that a token reads, predictor included, over those of all three matrices as the sparse path stores them.
+    """FFN bytes that a token reads, predictor included, over those of gate and up in the file and `down` by neuron.
 
-    Counts whole gates for the methods that compute the gate, and the rows of up and down that are kept.
+    Counts whole gates for the methods that compute the gate, and the rows of up and down that are kept; for
+    input_threshold the kept rows of all three, whose gate and up may have grown as they were transposed.
     """
     dense = read = 0.0
     densities = sparsify.layer_densities(engine.model)
     for layer, ffn in enumerate(engine.model.ffns()):
+        if isinstance(ffn, InputSparseFFN):
+            read += _bytes_read(ffn)
+            of_file = [engine.gguf.tensor(f"blk.{layer}.ffn_{name}.weight") for name in ("gate", "up")]
+            dense += ffn.weights.down.nbytes + sum(matrix.nbytes for matrix in of_file)
+            continue
         parts = [module for module in ffn.modules() if isinstance(module, SparseFFN)]
         if not parts:
             return 1.0
@@ -69,6 +75,14 @@ def bytes_share(engine: Engine) -> float:
             read += part.weights.gate.nbytes + kept + part.predictor.own_bytes
             dense += part.weights.gate.nbytes + part.weights.up.nbytes + part.weights.down.nbytes
     return read / dense
+
+
+def _bytes_read(ffn: InputSparseFFN) -> float:
+    """FFN bytes that a token reads of a gated InputSparseFFN."""
+    weights, inputs, hidden = ffn.weights, ffn.activity.inputs, ffn.activity.hidden
+    of_inputs, of_hidden = (int(kept) / int(tokens) for kept, tokens in (inputs, hidden))  # rows a token
+    rows = [(of_inputs, weights.gate), (of_inputs, weights.up), (of_hidden, weights.down)]
+    return sum(kept * matrix.nbytes / matrix.rows for kept, matrix in rows)
 
 
 def spread_windows(engine: Engine, text: str, length: int, count: int) -> list[Any]:

@@ -14,7 +14,15 @@ from typing import Any, Literal, get_args
 Activation = Literal["silu", "gelu_tanh", "relu", "relu2", "drelu"]
 RopeStyle = Literal["interleaved", "halves"]
 Method = Literal[
-    "auto", "dense", "exact", "gate_threshold", "weighted_threshold", "shift_threshold", "low_rank", "sign_bits"
+    "auto",
+    "dense",
+    "exact",
+    "gate_threshold",
+    "weighted_threshold",
+    "shift_threshold",
+    "input_threshold",
+    "low_rank",
+    "sign_bits",
 ]
 Backend = Literal["auto", "reference", "cpu", "triton"]
 Precision = Literal["auto", "float32", "int8"]
@@ -125,11 +133,11 @@ class RunConfig:
     """Every knob of a run. Defaults, then a mapping (`from_mapping`), then keyword overrides.
 
     `method` picks the predictor: `dense` computes every neuron, `exact` needs a ReLU model,
-    `gate_threshold` (CATS), `weighted_threshold` and `shift_threshold` need `sparsity`, `low_rank` needs
-    it for models without ReLU, `sign_bits` needs ReLU. `auto` is what the predictors of
-    `predictor_path`, a solved directory, are for; without one, where a sparsity is given, the best
-    method that needs no training (`shift_threshold` for SiLU and GELU); else `exact` for ReLU models
-    and `dense` for others.
+    `gate_threshold` (CATS), `weighted_threshold`, `shift_threshold` and `input_threshold` (TEAL, which
+    skips inputs instead of neurons) need `sparsity`, `low_rank` needs it for models without ReLU,
+    `sign_bits` needs ReLU. `auto` is what the predictors of `predictor_path`, a solved directory, are
+    for; without one, where a sparsity is given, the best method that needs no training
+    (`shift_threshold` for SiLU and GELU); else `exact` for ReLU models and `dense` for others.
     `predictor_rank` is that of `low_rank`, and `recall`, the share of active neurons to catch, that
     of `low_rank` and `sign_bits`. `cold_fraction` puts that share of each layer's neurons on a
     second shard (HybridFFN). `model` None is the shipped one; `context`

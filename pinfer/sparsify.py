@@ -12,7 +12,15 @@ from typing import TypeVar, cast
 import torch
 
 from pinfer.config import Method, ModelConfig
-from pinfer.ffn import Activity, DenseFFN, FFNWeights, HybridFFN, SparseFFN
+from pinfer.ffn import (
+    Activity,
+    DenseFFN,
+    FFNWeights,
+    HybridFFN,
+    InputMajorWeights,
+    InputSparseFFN,
+    SparseFFN,
+)
 from pinfer.kernels.activation import CLAMPS_UP, ZERO_BELOW_ZERO
 from pinfer.kernels.transpose import transpose_weights
 from pinfer.models import LayerWalk, Transformer
@@ -22,6 +30,7 @@ from pinfer.predictors import (
     ExactPredictor,
     FFNMatrices,
     GateThreshold,
+    InputThreshold,
     LowRank,
     LowRankSettings,
     Predictor,
@@ -29,6 +38,7 @@ from pinfer.predictors import (
     SignBits,
     WeightedThreshold,
     fit_gate_threshold,
+    fit_input_threshold,
     fit_low_rank,
     fit_sign_bits,
     fit_weighted_threshold,
@@ -39,12 +49,16 @@ from pinfer.quant import QuantTensor
 PredictorMaker = Callable[[int, DenseFFN], Predictor]
 # A layer's `down` as rows [N, D], and the relative RMS error of that.
 DownMaker = Callable[[int, DenseFFN], tuple[QuantTensor, float]]
+# A layer's weights by what they are multiplied with.
+InputMajorMaker = Callable[[int, DenseFFN], InputMajorWeights]
 
 Progress = Callable[[str], None]
-P = TypeVar("P", bound=Predictor)
+V = TypeVar("V")
 
 LEAST_SEQUENCES = 4
+# Methods whose predictors are fitted for every sparsity at once, and those that run at none of their own.
 THRESHOLDED: tuple[Method, ...] = ("gate_threshold", "weighted_threshold", "shift_threshold")
+SPARSITY_NEEDED: tuple[Method, ...] = (*THRESHOLDED, "input_threshold")
 # Of the sequences that low_rank is calibrated on, by number modulo 4: two parts to fit on, one for
 # the threshold, one to report on.
 _FIT, _THRESHOLD, _REPORT = (0, 2), (1,), (3,)
@@ -59,7 +73,7 @@ def resolve_method(method: Method, config: ModelConfig, sparsity: float | None) 
         if not config.gated:
             return "gate_threshold"
         return "weighted_threshold" if fires else "shift_threshold"
-    needs_sparsity = method in THRESHOLDED or (method == "low_rank" and not fires)
+    needs_sparsity = method in SPARSITY_NEEDED or (method == "low_rank" and not fires)
     if needs_sparsity and sparsity is None:
         model = f" for a model whose activation is {activation}" if method == "low_rank" else ""
         raise ValueError(f"method {method} needs a sparsity{model}, such as 0.5")
@@ -70,7 +84,7 @@ def resolve_method(method: Method, config: ModelConfig, sparsity: float | None) 
     if method in ("exact", "dense", "sign_bits") and sparsity is not None:
         raise ValueError(
             f"sparsity {sparsity:g} has no meaning for method {method}: "
-            f"it applies to {', '.join(THRESHOLDED)} and low_rank"
+            f"it applies to {', '.join(SPARSITY_NEEDED)} and low_rank"
         )
     return method
 
@@ -101,6 +115,18 @@ def fit_weighted_predictors(
         return fit_weighted_threshold(matrices, _later(inputs), shifted=shifted)
 
     return _fit_layers(model, sequences, fit, progress)
+
+
+def fit_input_thresholds(
+    model: Transformer, sequences: Sequence[torch.Tensor], sparsity: float, progress: Progress = lambda _: None
+) -> list[InputThreshold]:
+    """InputThreshold for every layer, as `fit_gate_threshold_predictors`."""
+    return _fit_layers(
+        model,
+        sequences,
+        lambda ffn, inputs: fit_input_threshold(_later(inputs), ffn.gate, ffn.up, ffn.activation, sparsity),
+        progress,
+    )
 
 
 def fit_low_rank_predictors(
@@ -158,9 +184,9 @@ def _check_count(method: str, sequences: Sequence[torch.Tensor]) -> None:
 def _fit_layers(
     model: Transformer,
     sequences: Sequence[torch.Tensor],
-    fit: Callable[[DenseFFN, list[torch.Tensor]], P],
+    fit: Callable[[DenseFFN, list[torch.Tensor]], V],
     progress: Progress,
-) -> list[P]:
+) -> list[V]:
     """What `fit` makes of each layer's dense FFN and its inputs [T, D] for each sequence, one layer at a time."""
     _check_dense(model)
     if any(len(tokens) < 2 for tokens in sequences):
@@ -221,13 +247,39 @@ def sparsify(
     return model
 
 
+def input_major(layer: int, ffn: DenseFFN) -> InputMajorWeights:
+    """The weights of a layer, transposed here and now."""
+    gate, gate_error = transpose_weights(ffn.gate)
+    up, up_error = (None, 0.0) if ffn.up is None else transpose_weights(ffn.up)
+    down, down_error = transpose_weights(ffn.down)
+    return InputMajorWeights(gate, up, down, max(gate_error, up_error), down_error)
+
+
+def sparsify_inputs(
+    model: Transformer, thresholds: Sequence[InputThreshold], weights: InputMajorMaker = input_major
+) -> Transformer:
+    """Replace every DenseFFN in place by an InputSparseFFN, thresholds one a layer. Returns the same model."""
+    for layer, block in enumerate(model.blocks):
+        dense = block.ffn
+        if not isinstance(dense, DenseFFN):
+            raise ValueError(f"layer {layer} is not dense: it has a {type(dense).__name__}")
+        block.ffn = InputSparseFFN(weights(layer, dense), thresholds[layer], dense.activation)
+    return model
+
+
 def _hybrid(sparse: SparseFFN, hot: torch.Tensor, cold: torch.Tensor) -> HybridFFN:
     return HybridFFN(sparse.shard(hot), sparse.shard(cold, compensated=False))
 
 
 def down_error(model: Transformer) -> float:
     """Relative RMS error that transposing `down` brought, the mean over layers; 0 where it was exact or not done."""
-    errors = [parts[0].weights.down_error for ffn in model.ffns() if (parts := _shards(ffn))]
+    errors = [parts[0].weights.down_error for ffn in model.ffns() if (parts := _parts(ffn))]
+    return sum(errors) / len(errors) if errors else 0.0
+
+
+def input_error(model: Transformer) -> float:
+    """The same of gate and up, which input_threshold has transposed."""
+    errors = [ffn.weights.input_error for ffn in model.ffns() if isinstance(ffn, InputSparseFFN)]
     return sum(errors) / len(errors) if errors else 0.0
 
 
@@ -239,7 +291,7 @@ def predictor_qualities(model: Transformer) -> list[PredictorQuality]:
 
 @dataclass(frozen=True)
 class LayerDensity:
-    """Neurons computed in one layer, as a share of its N, since the last reset."""
+    """Neurons computed in one layer, as a share of its N, since the last reset; or their worth (see InputActivity)."""
 
     layer: int
     active: float
@@ -255,7 +307,7 @@ def layer_densities(model: Transformer) -> list[LayerDensity]:
     """Per layer, what was computed since `reset_activity`; empty for a dense model."""
     densities = []
     for layer, ffn in enumerate(model.ffns()):
-        parts = [shard.activity for shard in _shards(ffn)]
+        parts = [part.activity for part in _parts(ffn)]
         if parts:
             active = sum(float(part.active) for part in parts)
             neurons = sum(part.n_neurons for part in parts)
@@ -272,7 +324,7 @@ def density(model: Transformer) -> float:
 
 def activities(model: Transformer) -> list[Activity]:
     """The counts of every sparse part of the model."""
-    return [shard.activity for ffn in model.ffns() for shard in _shards(ffn)]
+    return [part.activity for ffn in model.ffns() for part in _parts(ffn)]
 
 
 def predictor_bytes(model: Transformer) -> int:
@@ -288,3 +340,8 @@ def reset_activity(model: Transformer) -> None:
 def _shards(ffn: torch.nn.Module) -> list[SparseFFN]:
     """The sparse parts of a layer's FFN: itself, a hybrid's two, or none of a dense one's."""
     return [module for module in ffn.modules() if isinstance(module, SparseFFN)]
+
+
+def _parts(ffn: torch.nn.Module) -> Sequence[SparseFFN | InputSparseFFN]:
+    """The parts of a layer's FFN that skip anything, and count what they do not."""
+    return [ffn] if isinstance(ffn, InputSparseFFN) else _shards(ffn)

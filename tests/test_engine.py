@@ -74,6 +74,7 @@ def test_every_backend_gives_the_same_text(llama: Path, backend: str) -> None:
         ("llama", {"method": "exact", "cold_fraction": 0.5}),
         ("gemma3", {"method": "gate_threshold", "sparsity": 0.4}),
         ("llama", {"method": "low_rank", "predictor_rank": 32}),
+        ("llama", {"method": "input_threshold", "sparsity": 0.4}),
     ],
     ids=str,
 )
@@ -81,7 +82,7 @@ def test_triton_has_its_weights_laid_out_when_loaded(
     tmp_path: Path, family: str, method: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
-    made_once = (load, "fit_predictors"), (prepared, "transpose_weights")
+    made_once = (load, "fit_predictors"), (load, "fit_input_thresholds"), (prepared, "transpose_weights")
     for module, name in made_once:
         monkeypatch.setattr(module, name, on_the_reference(getattr(module, name)))
     write = write_tiny_llama if family == "llama" else write_tiny_gemma3  # gemma3's head is its embedding

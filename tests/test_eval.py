@@ -109,7 +109,7 @@ def expected_counts(
             true = {i for i in range(len(gate)) if fired[i] != 0}
         computed, active, caught = computed + len(named), active + len(true), caught + len(named & true)
         share += sum(weight[i] for i in named) / sum(weight)
-    return NeuronCounts(len(x) - skip, (len(x) - skip) * len(gate), computed, active, caught, share)
+    return NeuronCounts(len(x) - skip, (len(x) - skip) * len(gate), computed, active, caught, share, computed)
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu", "drelu"])

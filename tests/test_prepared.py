@@ -130,6 +130,27 @@ def test_the_second_start_transposes_nothing(
     assert any("requantised" in note for note in second.notes), "the errors are kept too"
 
 
+def test_gate_and_up_are_transposed_at_each_start(
+    model: Path, transposed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = {"method": "input_threshold", "sparsity": 0.4}
+    first = logits(load(model, **run))
+    assert len(transposed) == 3 * 2
+    engine = load(model, **run)
+    assert len(transposed) == 3 * 2 + 2 * 2, "down comes from its file"
+    assert beside(model) == [model.name + DOWN]
+    assert torch.equal(first, logits(engine))
+    assert torch.equal(first, in_memory(model, monkeypatch, **run))
+    for layer, ffn in enumerate(engine.model.ffns()):
+        sources = [engine.gguf.tensor(f"blk.{layer}.ffn_{name}.weight") for name in ("gate", "up", "down")]
+        expected = [transpose_weights(source) for source in sources]
+        found = (ffn.weights.gate, ffn.weights.up, ffn.weights.down)
+        assert all(torch.equal(one.blocks, turned.blocks) for one, (turned, _) in zip(found, expected, strict=True))
+        assert ffn.weights.input_error == pytest.approx(max(error for _, error in expected[:2]))
+        assert ffn.weights.down_error == pytest.approx(expected[2][1])
+    assert sum("requantised" in note for note in engine.notes) == 2
+
+
 def test_small_models_and_whoever_says_so_get_no_file(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(prepared, "CACHE_FROM_BYTES", 64e6)

@@ -118,6 +118,8 @@ def test_what_cannot_be_sparsified_says_so(relu_path: Path, gelu_path: Path) -> 
         ("low_rank", "relu", None, "low_rank"),
         ("low_rank", "relu", 0.9, "low_rank"),
         ("low_rank", "silu", 0.5, "low_rank"),
+        ("input_threshold", "gelu_tanh", 0.5, "input_threshold"),
+        ("input_threshold", "drelu", 0.5, "input_threshold"),
     ],
 )
 def test_auto_method(relu_path: Path, method, activation: str, sparsity: float | None, expected: str) -> None:
@@ -127,7 +129,9 @@ def test_auto_method(relu_path: Path, method, activation: str, sparsity: float |
         assert S.resolve_method(method, dataclasses.replace(config, gated=False), sparsity) == "gate_threshold"
 
 
-@pytest.mark.parametrize(("method", "sparsity"), [("gate_threshold", None), ("exact", 0.5), ("dense", 0.5)])
+@pytest.mark.parametrize(
+    ("method", "sparsity"), [("gate_threshold", None), ("input_threshold", None), ("exact", 0.5), ("dense", 0.5)]
+)
 def test_contradictory_settings_are_refused(relu_path: Path, method, sparsity: float | None) -> None:
     with pytest.raises(ValueError, match="sparsity"):
         S.resolve_method(method, load(relu_path).config, sparsity)

@@ -29,6 +29,7 @@ RUNS = [
     {"method": "sign_bits", "activation": "relu"},
     {"method": "shift_threshold", "sparsity": 0.4},
     {"method": "shift_threshold", "sparsity": 0.4, "cold_fraction": 0.5},
+    {"method": "input_threshold", "sparsity": 0.4},
 ]
 
 
@@ -56,8 +57,9 @@ def test_recorded_steps_equal_plain_ones_bit_for_bit(
     assert step.reason is None
 
 
-def test_activity_is_counted_by_recorded_steps(tmp_path: Path) -> None:
-    engine = engine_for(write_tiny_llama(tmp_path / "m.gguf"), method="exact", activation="relu")
+@pytest.mark.parametrize("run", [RUNS[1], RUNS[-1]], ids=str)
+def test_activity_is_counted_by_recorded_steps(tmp_path: Path, run: dict[str, object]) -> None:
+    engine = engine_for(write_tiny_llama(tmp_path / "m.gguf"), **run)
     counts = []
     for recorded in (False, True):
         sparsify.reset_activity(engine.model)

@@ -46,7 +46,9 @@ NumaOption = Annotated[
     Numa, typer.Option("--numa", help="Pin threads, and take memory, over all nodes or on this one alone.")
 ]
 MethodOption = Annotated[Method, typer.Option("--method", help="Which neurons to compute.")]
-Sparsity = Annotated[float | None, typer.Option("--sparsity", help="Share of neurons to skip, such as 0.5.")]
+Sparsity = Annotated[
+    float | None, typer.Option("--sparsity", help="Share of neurons (or inputs) to skip, such as 0.5.")
+]
 PredictorRank = Annotated[int, typer.Option("--predictor-rank", help="Rank of low_rank, a multiple of 32.")]
 Record = Annotated[bool, typer.Option("--record/--no-record", help="Repeat decode steps from a recording.")]
 Recall = Annotated[float, typer.Option("--recall", help="Share of active neurons that low_rank is to catch.")]

@@ -13,6 +13,7 @@ from pinfer.cli.console import console, emit_json, note, printable
 from pinfer.cli.generate import ActivationOption, GpuLayers, GpuMemory, MethodOption, Recall, Threads
 from pinfer.cli.profile import Output, TextFile, run_profile
 from pinfer.cli.train import (
+    DEFAULT_STEPS,
     Disk,
     DryRun,
     Job,
@@ -30,7 +31,6 @@ from pinfer.config import RunConfig
 from pinfer.engine.generate import peak_rss_bytes
 from pinfer.engine.profile import DEFAULT_TOKENS
 from pinfer.engine.text import Text, cut
-from pinfer.predictors.training import TrainingSettings
 from pinfer.quality import Target
 from pinfer.solve.calibration import make_calibration
 from pinfer.solve.estimate import estimate_stages
@@ -53,7 +53,7 @@ def solve_command(
     quality: Quality = None,
     rank: Rank = None,
     share: Share = 0.05,
-    steps: Steps = TrainingSettings().steps,
+    steps: Steps = DEFAULT_STEPS,
     sparsity: TrainSparsity = None,
     recall: Recall = 0.99,
     disk_gb: Disk = 8.0,

@@ -44,6 +44,7 @@ TrainSparsity = Annotated[
 Disk = Annotated[float, typer.Option("--disk-gb", help="GB on disk for the activations of one layer at a time.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Measure one layer, say what all will take, write nothing.")]
 
+DEFAULT_STEPS = TrainingSettings().steps
 TRAIN_TOKENS, CALIBRATION_TOKENS = 1 << 18, 1 << 14  # of the text, what is validated on included
 
 
@@ -122,7 +123,7 @@ def train_command(
     method: MethodOption = "auto",
     rank: Rank = None,
     share: Share = 0.05,
-    steps: Steps = TrainingSettings().steps,
+    steps: Steps = DEFAULT_STEPS,
     sparsity: TrainSparsity = None,
     recall: Recall = 0.99,
     disk_gb: Disk = 8.0,

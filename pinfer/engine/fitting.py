@@ -18,6 +18,7 @@ from pinfer.models import Transformer
 from pinfer.predictors import GateOf, LowRankSettings, Packed, Predictor, pack, unpack
 from pinfer.sparsify import (
     LEAST_SEQUENCES,
+    SPARSITY_NEEDED,
     THRESHOLDED,
     fit_gate_threshold_predictors,
     fit_low_rank_predictors,
@@ -65,7 +66,7 @@ def sequences_to_fit_on(
     method: Method, tokenizer: Tokenizer, text: Text, context: int, tokens: int | None = None
 ) -> list[torch.Tensor]:
     """Sequences int64 [T] of a text, as many tokens as the method wants if not said."""
-    wanted = tokens or (THRESHOLD_TOKENS if method in THRESHOLDED else FIT_TOKENS)
+    wanted = tokens or (THRESHOLD_TOKENS if method in SPARSITY_NEEDED else FIT_TOKENS)
     return cut(tokenizer, text, wanted, context, FIT_SEQUENCE, LEAST_SEQUENCES)
 
 

@@ -33,16 +33,19 @@ from pinfer.kernels.planes import repack
 from pinfer.kernels.registry import backend_on, check_backend, use_backend, use_int8
 from pinfer.models import Transformer, build_model, replace_weights
 from pinfer.placement import Plan
-from pinfer.predictors import Predictor
+from pinfer.predictors import InputThreshold, Predictor
 from pinfer.sparsify import (
     THRESHOLDED,
     PredictorMaker,
     down_error,
     exact_predictors,
+    fit_input_thresholds,
     fitted_predictors,
+    input_error,
     predictor_qualities,
     resolve_method,
     sparsify,
+    sparsify_inputs,
 )
 
 SHIPPED_MODEL = ASSETS / "pinfer-tiny-q8_0.gguf"
@@ -114,8 +117,8 @@ def load_engine(run: RunConfig, progress: Callable[[str], None] = lambda _: None
     if run.activation is not None:
         config = dataclasses.replace(config, activation=run.activation)
     method, solved = what_to_run(run, config, gguf)
-    if method == "dense" and run.cold_fraction:
-        raise ValueError(f"cold_fraction {run.cold_fraction:g} has no meaning for the dense method")
+    if method in ("dense", "input_threshold") and run.cold_fraction:
+        raise ValueError(f"cold_fraction {run.cold_fraction:g} has no meaning for the {method} method")
     tokenizer = load_tokenizer(gguf.metadata)
     if tokenizer.vocab_size > config.vocab_size:
         raise gguf.error(f"the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size} rows")
@@ -154,6 +157,8 @@ def _notes(engine: Engine) -> Iterator[str]:
         yield f"the slower torch reference computes: {problem}"
     if error := down_error(engine.model):
         yield f"down was requantised to Q8_0 for the sparse path, at {100 * error:.2g} % of its weights' RMS"
+    if error := input_error(engine.model):
+        yield f"gate and up are requantised to Q8_0 at each start, at {100 * error:.2g} % of their weights' RMS"
     if qualities := predictor_qualities(engine.model):
         recalls, densities, active = (
             [getattr(layer, name) for layer in qualities] for name in ("recall", "density", "active")
@@ -177,6 +182,9 @@ def _lay_out(model: Transformer) -> None:
 def _make_sparse(engine: Engine, prepared: Prepared, solved: Solved | None) -> None:
     if engine.method == "dense":
         return
+    if engine.method == "input_threshold":
+        sparsify_inputs(engine.model, _input_thresholds(engine), prepared.input_major())
+        return
     config, run = engine.config, engine.run
     plan = Plan.uniform(config.n_layers, config.d_ffn, run.cold_fraction) if run.cold_fraction else None
     sparsify(engine.model, _predictors(engine, prepared, solved), plan, prepared.downs())
@@ -198,6 +206,15 @@ def _predictors(engine: Engine, prepared: Prepared, solved: Solved | None) -> Pr
         assert solved is not None  # `resolve_method` asks for a sparsity
         raise ValueError(f"{solved.path}: its predictors were never calibrated: give a sparsity, or run pinfer solve")
     return fitted_predictors(fitted)
+
+
+def _input_thresholds(engine: Engine) -> list[InputThreshold]:
+    assert engine.run.sparsity is not None
+    text, context = Text.read(None), engine.config.context_length
+    sequences = sequences_to_fit_on(engine.method, engine.tokenizer, text, context)
+    engine.progress("calibrating thresholds on the shipped text")
+    _lay_out(engine.model)
+    return fit_input_thresholds(engine.model, sequences, engine.run.sparsity, engine.progress)
 
 
 def _fitted(engine: Engine, prepared: Prepared) -> Sequence[Predictor]:

@@ -35,7 +35,7 @@ from safetensors.torch import save as save_safetensors
 
 from pinfer.config import ModelConfig
 from pinfer.engine.mapped import fingerprint, release_pages
-from pinfer.ffn import DenseFFN
+from pinfer.ffn import DenseFFN, InputMajorWeights
 from pinfer.files import temporary
 from pinfer.formats.gguf import GGUFFile
 from pinfer.kernels.cpp.build import cache_folder
@@ -43,7 +43,7 @@ from pinfer.kernels.transpose import transpose_weights
 from pinfer.predictors import GateOf, Packed, Predictor, pack, unpack
 from pinfer.predictors.low_rank import stored_type
 from pinfer.quant import F32, QuantTensor, QuantType
-from pinfer.sparsify import DownMaker
+from pinfer.sparsify import DownMaker, InputMajorMaker
 
 FORMAT = 1
 CACHE_FROM_BYTES = 64e6
@@ -84,6 +84,20 @@ class Prepared:
         for layer in range(self._config.n_layers):  # calibration may have read them
             release_pages(self._source(layer))
         return found
+
+    def input_major(self) -> InputMajorMaker:
+        """Each layer's weights by input: `down` as of `downs`, gate and up transposed in memory at each start."""
+        downs = self.downs()
+
+        def made(layer: int, dense: DenseFFN) -> InputMajorWeights:
+            down, down_error = downs(layer, dense)
+            if not self._config.gated:
+                gate, error = self._transposed(layer, matrix="up")
+                return InputMajorWeights(gate, None, down, error, down_error)
+            (gate, gate_error), (up, up_error) = (self._transposed(layer, matrix=name) for name in ("gate", "up"))
+            return InputMajorWeights(gate, up, down, max(gate_error, up_error), down_error)
+
+        return made
 
     def predictors(
         self, method: str, settings: dict[str, Any], fit: Callable[[], Sequence[Predictor]], gates: Sequence[GateOf]
@@ -148,14 +162,14 @@ class Prepared:
                 return path, temporary(path)
         return last, temporary(last)
 
-    def _source(self, layer: int) -> QuantTensor:
-        return self._gguf.tensor(f"blk.{layer}.ffn_down.weight")
+    def _source(self, layer: int, matrix: str = "down") -> QuantTensor:
+        return self._gguf.tensor(f"blk.{layer}.ffn_{matrix}.weight")
 
-    def _transposed(self, layer: int, _: DenseFFN | None = None) -> tuple[QuantTensor, float]:
-        """A layer's `down`, transposed in memory; the pages it came from are let go."""
-        self.progress(f"transposing down, layer {layer + 1} of {self._config.n_layers}")
-        turned = transpose_weights(self._source(layer))
-        release_pages(self._source(layer))
+    def _transposed(self, layer: int, _: DenseFFN | None = None, *, matrix: str = "down") -> tuple[QuantTensor, float]:
+        """A matrix of a layer's FFN, transposed in memory; the pages it came from are let go."""
+        self.progress(f"transposing {matrix}, layer {layer + 1} of {self._config.n_layers}")
+        turned = transpose_weights(self._source(layer, matrix))
+        release_pages(self._source(layer, matrix))
         return turned
 
     def _downs_bytes(self) -> int:

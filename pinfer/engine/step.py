@@ -9,7 +9,6 @@ from pinfer.kernels.cpp import program as programs
 from pinfer.kernels.cpp.program import NotRecordable, Program
 from pinfer.kernels.registry import settings
 from pinfer.models import KVCache, Transformer
-from pinfer.predictors import Predictor
 from pinfer.sparsify import activities
 
 
@@ -31,7 +30,7 @@ class DecodeStep:
         self._recorded_under: object = None
         self._proven = False
         self._logits = torch.empty(0)
-        self._opens_dense = any(isinstance(m, Predictor) and m.opens_dense for m in model.modules())
+        self._opens_dense = any(getattr(module, "opens_dense", False) for module in model.modules())
         self.reason = None if core_available() else "there is no C++ core"
         if not record:
             self.reason = "recording is switched off"

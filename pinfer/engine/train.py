@@ -28,6 +28,7 @@ from pinfer.engine.text import walk_settings
 from pinfer.ffn import DenseFFN
 from pinfer.kernels.activation import ZERO_BELOW_ZERO
 from pinfer.models import LayerWalk
+from pinfer.predictors.cuts import Cuts
 from pinfer.predictors.training import Figures, LayerTraining, Trained, TrainingSettings
 from pinfer.quant import BY_NAME, QuantTensor
 
@@ -233,6 +234,7 @@ class _Run:
     def _finish(self, layer: int, trained: Trained) -> None:
         """Keep a layer's result; its files go."""
         tensors = {"first": trained.first.blocks, "second": trained.second.blocks, "bias": trained.bias}
+        tensors |= trained.cuts.tensors()
         figures = asdict(trained.figures)
         before = self._data["state"]
         self._data |= {"figures": [*self._data["figures"], figures], "pairs": None, "state": None}
@@ -246,7 +248,9 @@ class _Run:
         ffn, kind = dense_ffn(self._engine, layer), BY_NAME[self._settings.factors.weight_type]
         first = QuantTensor(tensors["first"], kind, ffn.gate.columns)
         second = QuantTensor(tensors["second"], kind, first.rows)
-        trained = Trained(first, second, tensors["bias"], Figures.of(figures))
+        trained = Trained(
+            first, second, tensors["bias"], Cuts.from_tensors(tensors, ffn.gate.rows), Figures.of(figures)
+        )
         return LayerResult(layer, trained, ffn_bytes(ffn))
 
 

@@ -14,6 +14,7 @@ from pinfer.kernels.select_active import OP as select_active
 from pinfer.kernels.sign_select import OP as sign_select
 from pinfer.kernels.sparse_ffn import OP as sparse_ffn
 from pinfer.kernels.tally import OP as tally
+from pinfer.kernels.tally_kept import OP as tally_kept
 from pinfer.kernels.threshold_matmul import OP as threshold_matmul
 from pinfer.kernels.top_k import OP as top_k
 
@@ -29,6 +30,7 @@ OPS: tuple[Op, ...] = (
     sign_select,
     threshold_matmul,
     tally,
+    tally_kept,
     sparse_ffn,
     input_sparse_matmul,
     top_k,
@@ -37,5 +39,5 @@ OPS: tuple[Op, ...] = (
 
 __all__ = [
     "OPS", "add", "attention", "dequantize", "embed", "glu", "input_sparse_matmul", "quant_matmul", "rms_norm",
-    "rope", "select_active", "sign_select", "sparse_ffn", "tally", "threshold_matmul", "top_k",
+    "rope", "select_active", "sign_select", "sparse_ffn", "tally", "tally_kept", "threshold_matmul", "top_k",
 ]  # fmt: skip

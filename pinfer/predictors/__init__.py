@@ -4,6 +4,7 @@ from pinfer.predictors.base import Prediction, Predictor, PredictorQuality
 from pinfer.predictors.cuts import Cuts
 from pinfer.predictors.exact import ExactPredictor
 from pinfer.predictors.gate_threshold import GateThreshold, fit_gate_threshold
+from pinfer.predictors.input_threshold import InputThreshold, fit_input_threshold
 from pinfer.predictors.low_rank import CalibrationInputs, LowRank, LowRankSettings, fit_low_rank
 from pinfer.predictors.sign_bits import SignBits, fit_sign_bits
 from pinfer.predictors.stored import GateOf, Packed, pack, unpack
@@ -16,6 +17,7 @@ __all__ = [
     "FFNMatrices",
     "GateOf",
     "GateThreshold",
+    "InputThreshold",
     "LowRank",
     "LowRankSettings",
     "Packed",
@@ -25,6 +27,7 @@ __all__ = [
     "SignBits",
     "WeightedThreshold",
     "fit_gate_threshold",
+    "fit_input_threshold",
     "fit_low_rank",
     "fit_sign_bits",
     "fit_weighted_threshold",

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from pinfer.kernels.ops import dequantize
+from pinfer.predictors.cuts import KEPT_VALUES, Cuts
 from pinfer.predictors.frontier import Frontier, Reach
 from pinfer.predictors.low_rank import RANK_MULTIPLE, closed_form, with_moments_of
 from pinfer.predictors.pair_source import Pairs, PairSource
@@ -121,12 +122,14 @@ class Figures:
 class Trained:
     """A layer's trained factors: neuron i is named where second_i · (first · x) + bias_i exceeds a cut.
 
-    first: QuantTensor [R, D]; second: QuantTensor [N, R]; bias: float32 [N].
+    first: QuantTensor [R, D]; second: QuantTensor [N, R]; bias: float32 [N]; cuts: by density over the
+    validation tokens, of the scores without the bias.
     """
 
     first: QuantTensor
     second: QuantTensor
     bias: torch.Tensor
+    cuts: Cuts
     figures: Figures
 
 
@@ -281,7 +284,16 @@ class LayerTraining:
             frontier.density,
             tuple(self._curve),
         )
-        return Trained(first, second, self._best["bias"].clone(), figures)
+        bias = self._best["bias"].clone()
+        return Trained(first, second, bias, Cuts.of(self._margins(), -bias, torch.ones(1)), figures)
+
+    def _margins(self) -> torch.Tensor:
+        """Scores of the best factors as they are stored, float32 [T, N], on some validation tokens taken evenly."""
+        first, second, bias = self._rounded(self._best)
+        count = min(self._source.validation_tokens, max(1, KEPT_VALUES // len(bias)))
+        tokens = torch.linspace(0, self._source.validation_tokens - 1, count, dtype=torch.float64).round().long()
+        found = (self._source.validation(token, token + 1).inputs for token in tokens.tolist())
+        return torch.cat([scores(x, first, second, bias) for x in found])
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that a training needs to go on from here: plain tensors, copied."""

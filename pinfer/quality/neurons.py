@@ -6,6 +6,11 @@ A neuron adds h_i · d_i to the FFN's output, h_i = act(g_i · x)(u_i · x), so 
 - `nonzero` (ReLU and its kin): act(g_i · x) ≠ 0. The others add nothing, whatever their up product.
 - `top_k` (SiLU, GELU): the K of most weight in the token, K being as many as were computed for it.
   Recall then says how near the choice is to the best of its size; computed over active is 1 by definition.
+
+input_threshold names no neurons: there a neuron is computed for a token where its hidden value is kept, so
+that its row of `down` is read. Its weight is that of the whole input, not of the inputs kept: recall says
+whether the large hidden values are still found, and nothing of how exact they are. Density is the share of
+multiply-adds, as `InputActivity` counts them, of which gate and up are most.
 """
 
 from __future__ import annotations
@@ -17,15 +22,18 @@ from typing import Literal
 
 import torch
 
-from pinfer.ffn import SparseFFN
+from pinfer.ffn import InputSparseFFN, SparseFFN, Thresholds
 from pinfer.kernels.activation import ZERO_BELOW_ZERO, activate, hidden_of
-from pinfer.kernels.ops import dequantize, quant_matmul
+from pinfer.kernels.ops import dequantize, input_sparse_matmul, quant_matmul
+from pinfer.kernels.select_active.reference import passes
 from pinfer.models import Transformer
 from pinfer.predictors import Prediction
 from pinfer.quant import QuantTensor
 
 TrulyActive = Literal["nonzero", "top_k"]
-Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of some tokens: weight, computed, fired
+# Of some tokens: weight, computed and fired [T, N], work [T, 1].
+Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Watched = SparseFFN | InputSparseFFN
 Parts = list[list[Part]]  # of each shard
 CHUNK_BYTES = 16 << 20  # of dequantised down at a time
 
@@ -41,7 +49,8 @@ class NeuronCounts:
 
     neurons:      (token, neuron) pairs; computed, active: how many of them were computed, are truly active;
     caught:       how many are both;
-    weight_share: sum over tokens of the share of Σ|h_i|·‖d_i‖ that computed neurons hold (1 where that sum is 0).
+    weight_share: sum over tokens of the share of Σ|h_i|·‖d_i‖ that computed neurons hold (1 where that sum is 0);
+    work:         as `computed`, but neurons' worth of multiply-adds where a neuron may be computed in part.
     """
 
     tokens: int
@@ -50,14 +59,15 @@ class NeuronCounts:
     active: int
     caught: int
     weight_share: float
+    work: float
 
     def __add__(self, other: NeuronCounts) -> NeuronCounts:
         return NeuronCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     @property
     def density(self) -> float:
-        """Computed over all neurons."""
-        return self.computed / self.neurons
+        """Computed over all neurons, or their worth."""
+        return self.work / self.neurons
 
     @property
     def recall(self) -> float:
@@ -78,11 +88,13 @@ class NeuronCounts:
         return self.computed / self.active if self.active else None
 
 
-def count_neurons(weight: torch.Tensor, computed: torch.Tensor, fired: torch.Tensor | None) -> NeuronCounts:
+def count_neurons(
+    weight: torch.Tensor, computed: torch.Tensor, fired: torch.Tensor | None, work: float | None = None
+) -> NeuronCounts:
     """Counts of one layer. All [T, N]: weight float32 |h_i|·‖d_i‖; computed bool; fired bool, act(g_i · x) ≠ 0.
 
     Without `fired` the truly active are the heaviest of each token, as many as were computed. Equal weights at
-    the edge count for the predictor.
+    the edge count for the predictor. work: neurons' worth of multiply-adds, None where it is that of `computed`.
     """
     per_token = computed.sum(dim=1)  # [T]
     if fired is None:
@@ -95,24 +107,26 @@ def count_neurons(weight: torch.Tensor, computed: torch.Tensor, fired: torch.Ten
     total = weight.sum(1, dtype=torch.float64)
     held = torch.where(computed, weight, 0).sum(1, dtype=torch.float64)
     share = torch.where(total == 0, 1.0, held / total)  # NaN stays
+    n_computed = int(per_token.sum())
     return NeuronCounts(
-        weight.shape[0], weight.numel(), int(per_token.sum()), active, caught, float(share.clamp_max(1).sum())
-    )
+        weight.shape[0], weight.numel(), n_computed, active, caught, float(share.clamp_max(1).sum()),
+        n_computed if work is None else work,
+    )  # fmt: skip
 
 
 class NeuronObserver:
     """Counts, layer by layer, what the predictors of a sparse model name against what its inputs call for.
 
     The inputs are the sparse run's own: layer by layer, the predictor is judged on what it was given.
-    Works for SparseFFN and for the shards of a HybridFFN, whose neurons are taken together.
+    Works for SparseFFN, for the shards of a HybridFFN, whose neurons are taken together, and for InputSparseFFN.
     """
 
     def __init__(self, model: Transformer) -> None:
         """ValueError for a model with a dense layer."""
         self._ffns = model.ffns()
-        self._shards: list[list[tuple[SparseFFN, torch.Tensor]]] = []
+        self._shards: list[list[tuple[Watched, torch.Tensor]]] = []
         for layer, ffn in enumerate(self._ffns):
-            shards = [module for module in ffn.modules() if isinstance(module, SparseFFN)]
+            shards = [module for module in ffn.modules() if isinstance(module, Watched)]
             if not shards:
                 raise ValueError(f"layer {layer} is dense: it has no predictor to observe")
             self._shards.append([(shard, _row_norms(shard.weights.down)) for shard in shards])
@@ -125,7 +139,7 @@ class NeuronObserver:
         for ffn, shards in zip(self._ffns, self._shards, strict=True):
             parts: Parts = [[] for _ in shards]
             for (shard, norms), of_shard in zip(shards, parts, strict=True):
-                shard.observe = _collector(shard, norms, of_shard)
+                _collect(shard, norms, of_shard)
             hooks.append(ffn.register_forward_hook(_counter(shards[0][0].activation, parts, counts, last)))
         try:
             yield counts
@@ -136,6 +150,14 @@ class NeuronObserver:
                 shard.observe = None
 
 
+def _collect(shard: Watched, norms: torch.Tensor, parts: list[Part]) -> None:
+    """Have a shard add to its parts whatever it computes."""
+    if isinstance(shard, SparseFFN):
+        shard.observe = _collector(shard, norms, parts)
+    else:
+        shard.observe = _input_collector(shard, norms, parts)
+
+
 def _collector(shard: SparseFFN, norms: torch.Tensor, parts: list[Part]) -> Callable[[torch.Tensor, Prediction], None]:
     """What a shard calls with some tokens and the neurons it computes for them."""
 
@@ -143,7 +165,24 @@ def _collector(shard: SparseFFN, norms: torch.Tensor, parts: list[Part]) -> Call
         gate = quant_matmul(x, shard.weights.gate) if prediction.gate_values is None else prediction.gate_values
         up = None if shard.weights.up is None else quant_matmul(x, shard.weights.up)
         weight = hidden_of(shard.activation, gate, up, prediction.shift).abs() * norms
-        parts.append((weight, computed_neurons(prediction, len(x)), activate(shard.activation, gate) != 0))
+        computed = computed_neurons(prediction, len(x))
+        parts.append((weight, computed, activate(shard.activation, gate) != 0, computed.sum(1, keepdim=True)))
+
+    return collect
+
+
+def _input_collector(
+    ffn: InputSparseFFN, norms: torch.Tensor, parts: list[Part]
+) -> Callable[[torch.Tensor, torch.Tensor, Thresholds], None]:
+    """What an InputSparseFFN calls with some tokens, their hidden values and the thresholds of both."""
+
+    def collect(x: torch.Tensor, hidden: torch.Tensor, thresholds: Thresholds) -> None:
+        gate = input_sparse_matmul(x, ffn.weights.gate, ffn.everything[0])
+        up = None if ffn.weights.up is None else input_sparse_matmul(x, ffn.weights.up, ffn.everything[0])
+        weight = hidden_of(ffn.activation, gate, up).abs() * norms
+        inputs, computed = (passes(one.abs(), limit) for one, limit in zip((x, hidden), thresholds, strict=True))
+        work = ffn.activity.worth(inputs.sum(1, keepdim=True), computed.sum(1, keepdim=True))
+        parts.append((weight, computed, activate(ffn.activation, gate) != 0, work))
 
     return collect
 
@@ -153,8 +192,9 @@ def _counter(activation: str, parts: Parts, counts: list[NeuronCounts], last: in
 
     def count(*_: object) -> None:
         by_shard = [[torch.cat(turns)[-last:] for turns in zip(*of_shard, strict=True)] for of_shard in parts]
-        weight, computed, fired = (torch.cat(shards, dim=1) for shards in zip(*by_shard, strict=True))
-        counts.append(count_neurons(weight, computed, fired if truly_active(activation) == "nonzero" else None))
+        weight, computed, fired, work = (torch.cat(shards, dim=1) for shards in zip(*by_shard, strict=True))
+        nonzero = truly_active(activation) == "nonzero"
+        counts.append(count_neurons(weight, computed, fired if nonzero else None, float(work.double().sum())))
         for of_shard in parts:
             of_shard.clear()
 

@@ -87,7 +87,7 @@ def make_predictors(
         else:
             assert plan.fit is not None
             with engine.computing():
-                found, figures = fit_predictors(engine.model, plan.fit, sequences, watcher.note), {}
+                found, figures = list(fit_predictors(engine.model, plan.fit, sequences, watcher.note)), {}
         keep_predictors(solved, found, plan.method, settings, figures)
         remove_checkpoint(solved.path)
     return found

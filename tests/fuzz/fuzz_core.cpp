@@ -161,6 +161,12 @@ void add_tally(Memory& m) {
     m.step(PINFER_TALLY, pinfer_tally_arguments{m.of<int32_t>({7}), mask, tokens, neurons, m.of<int64_t>({0, 0})});
 }
 
+void add_tally_kept(Memory& m) {
+    const int64_t tokens = from_to(1, 5), inputs = from_to(0, 70);
+    m.step(PINFER_TALLY_KEPT, pinfer_tally_kept_arguments{m.floats(tokens * inputs), tokens, inputs,
+                                                          m.of<float>({0.7f}), m.of<int64_t>({0, 0})});
+}
+
 void add_top_k(Memory& m) {
     const int64_t count = one_in(2) ? from_to(1, 40) : from_to(200, 1500), k = from_to(1, std::min<int64_t>(count, 256));
     int64_t* indices = m.of(std::vector<int64_t>(size_t(k)));
@@ -170,7 +176,7 @@ void add_top_k(Memory& m) {
 void (*const ADD[])(Memory&) = {
     add_dequantize,   add_embed, add_matmul, add_matmul,    add_select,      add_sparse_ffn, add_sparse_ffn,
     add_input_sparse, add_sign_scores, add_norm,  add_rope,   add_attention, add_elementwise, add_tally,
-    add_top_k,
+    add_tally_kept,   add_top_k,
 };
 
 #if defined(FUZZ_OWN_THREADS)

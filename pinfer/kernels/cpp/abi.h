@@ -31,6 +31,7 @@ enum pinfer_kind : int32_t {
     PINFER_TALLY,
     PINFER_TOP_K,
     PINFER_SIGN_SCORES,
+    PINFER_TALLY_KEPT,
     PINFER_KINDS,
 };
 
@@ -160,6 +161,14 @@ struct pinfer_tally_arguments {
     const int32_t* count;
     const uint8_t* mask;  // [tokens, neurons] or null, which makes it tokens · count
     int64_t tokens, neurons;
+    int64_t* totals;
+};
+
+// totals[0] += inputs of x [tokens, inputs] that are not at most the threshold in magnitude, totals[1] += tokens
+struct pinfer_tally_kept_arguments {
+    const float* x;
+    int64_t tokens, inputs;
+    const float* threshold;  // [1]
     int64_t* totals;
 };
 

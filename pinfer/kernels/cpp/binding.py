@@ -199,6 +199,17 @@ class Tally(Arguments):
     )
 
 
+class TallyKept(Arguments):
+    KIND = 14
+    _fields_ = (
+        ("x", c_void_p),
+        ("tokens", c_int64),
+        ("inputs", c_int64),
+        ("threshold", c_void_p),
+        ("totals", c_void_p),
+    )
+
+
 class TopK(Arguments):
     KIND = 12
     _fields_ = (

@@ -286,6 +286,17 @@ void tally(Team& team, const pinfer_tally_arguments& a) {
     team.barrier();
 }
 
+void tally_kept(Team& team, const pinfer_tally_kept_arguments& a) {
+    if (team.id == 0) {
+        const float threshold = *a.threshold;
+        int64_t skipped = 0;
+        for (int64_t i = 0; i < a.tokens * a.inputs; ++i) skipped += __builtin_fabsf(a.x[i]) <= threshold;  // not NaN
+        a.totals[0] += a.tokens * a.inputs - skipped;
+        a.totals[1] += a.tokens;
+    }
+    team.barrier();
+}
+
 void top_k(Team& team, const pinfer_top_k_arguments& a) {
     if (team.id == 0) {
         int64_t held = 0;
@@ -509,6 +520,7 @@ const Kernels TABLE = {
         erased<pinfer_tally_arguments, tally>,
         erased<pinfer_top_k_arguments, top_k>,
         erased<pinfer_sign_scores_arguments, sign_scores>,
+        erased<pinfer_tally_kept_arguments, tally_kept>,
     },
     knows,
     read_all,

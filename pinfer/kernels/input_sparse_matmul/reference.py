@@ -27,5 +27,10 @@ def check_inputs(x: torch.Tensor, weight: QuantTensor, threshold: torch.Tensor) 
     """ValueError unless the shapes belong together; every implementation calls it."""
     if x.dim() != 2 or x.shape[1] != weight.rows:
         raise ValueError(f"x is {list(x.shape)}, expected [T, {weight.rows}] for input-major {weight!r}")
+    check_threshold(threshold)
+
+
+def check_threshold(threshold: torch.Tensor) -> None:
+    """ValueError unless a threshold is one float32."""
     if threshold.numel() != 1 or threshold.dtype != torch.float32:
         raise ValueError(f"threshold is {threshold.dtype} {list(threshold.shape)}, expected torch.float32 [1]")

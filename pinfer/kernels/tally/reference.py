@@ -22,7 +22,12 @@ def tally(active: Active, totals: torch.Tensor, *, tokens: int, mask: torch.Tens
 
 def check_inputs(totals: torch.Tensor, tokens: int, mask: torch.Tensor | None) -> None:
     """ValueError unless the shapes belong together; every implementation calls it."""
-    if totals.dtype != torch.int64 or totals.shape != (2,) or not totals.is_contiguous():
-        raise ValueError(f"totals are {totals.dtype} {list(totals.shape)}, expected contiguous torch.int64 [2]")
+    check_totals(totals)
     if mask is not None and (mask.dtype != torch.bool or mask.dim() != 2 or mask.shape[0] != tokens):
         raise ValueError(f"mask is {mask.dtype} {list(mask.shape)}, expected torch.bool [{tokens}, N]")
+
+
+def check_totals(totals: torch.Tensor) -> None:
+    """ValueError unless totals are int64 [2], side by side."""
+    if totals.dtype != torch.int64 or totals.shape != (2,) or not totals.is_contiguous():
+        raise ValueError(f"totals are {totals.dtype} {list(totals.shape)}, expected contiguous torch.int64 [2]")
