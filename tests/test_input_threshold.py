@@ -14,7 +14,8 @@ from pinfer.cli.main import BAD_INPUT, OK
 from pinfer.cli.main import run as cli
 from pinfer.config import RunConfig
 from pinfer.engine import load_engine
-from pinfer.engine.load import CALIBRATION_TEXT, FIT_TOKENS, WEIGHTED_SEQUENCES, calibration_sequences
+from pinfer.engine.fitting import sequences_to_fit_on
+from pinfer.engine.text import Text
 from pinfer.ffn import DenseFFN, InputMajorWeights, InputSparseFFN
 from pinfer.kernels.activation import hidden_of
 from pinfer.kernels.cpp import core_problem
@@ -255,9 +256,7 @@ def test_a_model_runs_by_it(tmp_path: Path, family: str) -> None:
     assert error(logits["other"], logits["half"]) < 1e-4
     assert S.predictor_bytes(half.model) == 0
     assert any("gate and up are requantised" in note for note in half.notes)
-    sequences = calibration_sequences(
-        dense.tokenizer, CALIBRATION_TEXT.read_text(encoding="utf-8"), FIT_TOKENS, WEIGHTED_SEQUENCES
-    )
+    sequences = sequences_to_fit_on("input_threshold", dense.tokenizer, Text.read(None), dense.config.context_length)
     with dense.computing():
         thresholds = S.fit_input_thresholds(dense.model, sequences, 0.5)
     assert [tuple(float(one) for one in ffn.thresholds) for ffn in half.model.ffns()] == [

@@ -290,10 +290,13 @@ class LayerTraining:
     def _margins(self) -> torch.Tensor:
         """Scores of the best factors as they are stored, float32 [T, N], on some validation tokens taken evenly."""
         first, second, bias = self._rounded(self._best)
-        count = min(self._source.validation_tokens, max(1, KEPT_VALUES // len(bias)))
-        tokens = torch.linspace(0, self._source.validation_tokens - 1, count, dtype=torch.float64).round().long()
-        found = (self._source.validation(token, token + 1).inputs for token in tokens.tolist())
-        return torch.cat([scores(x, first, second, bias) for x in found])
+        total = self._source.validation_tokens
+        stride = max(1, -(-total * len(bias) // KEPT_VALUES))
+        found = []
+        for start in range(0, total, self._chunk):
+            inputs = self._source.validation(start, min(start + self._chunk, total)).inputs
+            found.append(scores(inputs[-start % stride :: stride], first, second, bias))
+        return torch.cat(found)
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that a training needs to go on from here: plain tensors, copied."""
