@@ -74,7 +74,7 @@ class Job:
             note(f"{text.name} has {found} tokens for this model: all of them are used, not {tokens}")
         if plan.train is not None:
             plan.train.check(engine)
-        return cls(engine, text, deal(sequences), plan, output)
+        return cls(engine, text, deal(sequences, engine.config.n_layers), plan, output)
 
     def directory(self) -> Solved:
         """The solved directory, made where there is none."""
@@ -197,10 +197,9 @@ def print_predictors(figures: Mapping[str, Any]) -> None:
         return
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     trained = "frontier" in figures
-    for title in ("layer", *(("rank",) if trained else ()), "active", "recall", "named for each"):
+    titles = ("layer", *(("rank",) if trained else ()), "active", "named", "recall")
+    for title in (*titles, *(f"at {named:g}" for named in FRONTIER if trained)):
         table.add_column(title, justify="right")
-    for named in FRONTIER if trained else ():
-        table.add_column(f"weighted\nat {named:g}", justify="right")
     for layer, one in enumerate(figures["quality"]):
         cells = [
             f"{100 * one['active']:.1f} %",
@@ -212,6 +211,8 @@ def print_predictors(figures: Mapping[str, Any]) -> None:
             cells += [f"{100 * reach['weighted_recall']:.2f} %" for reach in figures["frontier"][layer]]
         table.add_row(str(layer), *cells)
     console().print(table)
+    console().print("in %: neurons truly active, neurons named, the former's share that is")
     if trained:
+        console().print("at 1.3: the share of Σ|h|·‖d‖ that is named where 1.3 neurons are named for each active one")
         share = figures["predictor_bytes"] / figures["ffn_bytes"]
         console().print(f"{size(figures['predictor_bytes'])} of predictors, {100 * share:.2f} % of the FFN's bytes")

@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-# At most; 4,096 tokens tell layers apart by their KL, 8,192 give the loss a standard error of a few
-# thousandths of a nat. What a longer text has beyond is fitted on.
-SEARCH_SEQUENCES, VALIDATION_SEQUENCES = 16, 32
-LEAST = 8
+# At most; 8,192 tokens give the loss a standard error of a few thousandths of a nat. What a longer text
+# has beyond is fitted on.
+VALIDATION_SEQUENCES = 32
+# KL tells layers apart on few tokens, and the search takes a time that grows with the square of the layers.
+SEARCH_SEQUENCES, SEARCH_LAYERS = (4, 16), 128
+LEAST = 16
 
 
 class Parts(NamedTuple):
@@ -21,8 +23,10 @@ class Parts(NamedTuple):
     validation: list[torch.Tensor]
 
 
-def deal(sequences: Sequence[torch.Tensor]) -> Parts:
+def deal(sequences: Sequence[torch.Tensor], n_layers: int) -> Parts:
     """A quarter of the sequences, at most so many, to search and to validation each, the rest to fitting.
+
+    A model of many layers is searched on fewer sequences.
 
     ValueError for fewer than LEAST.
     """
@@ -32,7 +36,8 @@ def deal(sequences: Sequence[torch.Tensor]) -> Parts:
         )
     quarter = len(sequences) // 4
     validation, others = _every_so_many(list(sequences), min(VALIDATION_SEQUENCES, quarter))
-    search, fit = _every_so_many(others, min(SEARCH_SEQUENCES, quarter))
+    least, most = SEARCH_SEQUENCES
+    search, fit = _every_so_many(others, min(max(least, min(most, SEARCH_LAYERS // n_layers)), quarter))
     return Parts(fit, search, validation)
 
 
