@@ -1,8 +1,8 @@
 """Where a long run over a model stands, kept on the way, so that an interrupted one goes on from there.
 
 A folder of safetensors files and of `checkpoint.json`, written after them, which names each with its
-SHA-256 and holds plain data beside. What it does not name, or what does not match, is not read. A file
-has a name of its own for every content: none that is named is ever written to.
+SHA-256 and holds plain data beside, and a SHA-256 of itself. What it does not name, or what does not
+match, is not read. A file has a name of its own for every content: none that is named is ever written to.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class Checkpoint:
             return None
         try:
             state = json.loads(path.read_bytes())
+            if state.pop("sha256") != _digest(state):
+                raise ValueError(f"{STATE} is damaged")
             if state["key"] != self._key or state["format"] != FORMAT:
                 raise ValueError("it is of other settings, another text or another model")
             sums = dict(state["files"])
@@ -93,7 +95,7 @@ class Checkpoint:
             sums[name] = hashlib.sha256(content).hexdigest()
         self._sums = {name: digest for name, digest in sums.items() if name not in drop}
         state = {"format": FORMAT, "key": self._key, "files": self._sums, "data": data}
-        write_atomically(self.folder / STATE, json.dumps(state, indent=1).encode())
+        write_atomically(self.folder / STATE, json.dumps(state | {"sha256": _digest(state)}, indent=1).encode())
         named = {_file(name) for name in self._sums}
         for path in self.folder.glob(_file("*")):
             if path.name not in named:
@@ -115,6 +117,10 @@ class Checkpoint:
         if hashlib.sha256(content).hexdigest() != digest:
             raise ValueError(f"{_file(name)} is damaged")
         return load_safetensors(content)
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _file(name: str) -> str:

@@ -29,6 +29,8 @@ from pinfer.ffn import DenseFFN
 from pinfer.kernels.activation import ZERO_BELOW_ZERO
 from pinfer.models import LayerWalk
 from pinfer.predictors.cuts import Cuts
+from pinfer.predictors.low_rank import RANK_MULTIPLE
+from pinfer.predictors.ranks import LayerNeed, rank_under_budget
 from pinfer.predictors.training import Figures, LayerTraining, Trained, TrainingSettings
 from pinfer.quant import BY_NAME, QuantTensor
 
@@ -55,14 +57,29 @@ class TrainSettings:
     def check(self, engine: Engine) -> None:
         """ValueError where the model cannot be trained for under these settings."""
         activation = engine.config.activation
+        chosen = self.factors if self.ffn_share is None else dataclasses.replace(self.factors, rank=RANK_MULTIPLE)
         for layer in range(engine.config.n_layers):
-            self.factors.check(*dense_ffn(engine, layer).gate.shape)
-        if self.ffn_share is not None and not 0 < self.ffn_share < math.inf:
-            raise ValueError(f"ffn_share must be above 0 and finite, not {self.ffn_share:g}")
+            chosen.check(*dense_ffn(engine, layer).gate.shape)
+        if self.ffn_share is not None:
+            if not 0 < self.ffn_share < math.inf:
+                raise ValueError(f"ffn_share must be above 0 and finite, not {self.ffn_share:g}")
+            self.ranks_of_equals(engine)
         if self.sparsity is None and activation not in ZERO_BELOW_ZERO:
             raise ValueError(f"training needs a sparsity, such as 0.5, for a model whose activation is {activation}")
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise ValueError(f"sparsity must be between 0 and 1, not {self.sparsity:g}")
+
+    def budget_bytes(self, engine: Engine) -> int:
+        """Bytes that all predictors together may take under `ffn_share`."""
+        assert self.ffn_share is not None
+        return int(self.ffn_share * sum(ffn_bytes(dense_ffn(engine, layer)) for layer in range(engine.config.n_layers)))
+
+    def ranks_of_equals(self, engine: Engine) -> tuple[int, ...]:
+        """Ranks that fill the budget if no layer needs more than another; ValueError where it is too small for any."""
+        nothing = torch.zeros(1, dtype=torch.float64)
+        shapes = [dense_ffn(engine, layer).gate.shape for layer in range(engine.config.n_layers)]
+        needs = [LayerNeed(*shape, density=0.0, spectrum=nothing) for shape in shapes]
+        return rank_under_budget(needs, self.budget_bytes(engine), BY_NAME[self.factors.weight_type])
 
 
 @dataclass(frozen=True)
@@ -192,14 +209,12 @@ class _Run:
         return kept
 
     def _ranks(self) -> tuple[int, ...]:
-        factors, share = self._settings.factors, self._settings.ffn_share
-        ffns = [dense_ffn(self._engine, layer) for layer in range(self._engine.config.n_layers)]
-        if share is None:
-            return (factors.rank,) * len(ffns)
-        budget = int(share * sum(map(ffn_bytes, ffns)))
+        settings, n_layers = self._settings, self._engine.config.n_layers
+        if settings.ffn_share is None:
+            return (settings.factors.rank,) * n_layers
+        budget, kind = settings.budget_bytes(self._engine), BY_NAME[settings.factors.weight_type]
         with self._engine.computing():
-            kind = BY_NAME[factors.weight_type]
-            return choose_ranks(self._engine, self._sequences, budget, kind, self._settings.sparsity)
+            return choose_ranks(self._engine, self._sequences, budget, kind, settings.sparsity)
 
     def _collect(self, walk: LayerWalk) -> None:
         """The next layer's files, and what the layer after it reads."""
