@@ -24,13 +24,13 @@ from pinfer.engine import Engine, load_engine
 from pinfer.engine.fitting import FitSettings, fit_predictors
 from pinfer.engine.prepared import Prepared
 from pinfer.engine.text import CALIBRATION_TEXT, EVALUATION_TEXT, Text, cut
-from pinfer.quality import Calibration, Loss, Parts, Passage, Target, Trials, allocate, calibrate, deal, windows
+from pinfer.quality import Calibration, Loss, Parts, Passage, Refit, Target, Trials, allocate, calibrate, deal, windows
 from pinfer.sparsify import resolve_method
 
 HERE = Path(__file__).parent
 TEXTS = (EVALUATION_TEXT, HERE / "data" / "heldout.txt")
 SEQUENCE, WINDOW = 256, 512
-ALL_TOKENS = 1 << 20  # more than the calibration text has
+ALL_TOKENS = 1 << 17  # more than the calibration text has
 
 
 class Record:
@@ -120,6 +120,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=128, help="of low_rank")
     parser.add_argument("--quality", type=float, nargs="*", default=[], help="targets: shares of perplexity to keep")
     parser.add_argument("--density", type=float, nargs="*", default=[], help="targets: mean densities")
+    parser.add_argument("--tokens", type=int, default=ALL_TOKENS, help="of the calibration text; all if left out")
     parser.add_argument("--windows", type=int, default=12, help="of 512 tokens, from each text never seen")
     parser.add_argument("--stride", type=int, default=1, help="score every so many-th token of those texts")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "calibration", help="folder for the JSON")
@@ -146,7 +147,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     engine = load_engine(RunConfig(model=args.model, method="dense", threads=1))
     method = resolve_method(args.method, engine.config, None if args.method != "auto" else 0.5)
     text = Text.read(None)
-    parts = deal(cut(engine.tokenizer, text, ALL_TOKENS, engine.config.context_length, SEQUENCE))
+    parts = deal(cut(engine.tokenizer, text, args.tokens, engine.config.context_length, SEQUENCE))
     settings = settings_of(args, engine, method, parts)
     record = Record(args.output / f"{engine.path.stem}-{method}.json", settings)
     unseen = [Unseen(engine, path, args.windows, args.stride) for path in TEXTS]
@@ -154,11 +155,12 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     with engine.computing():
         how = FitSettings(method, args.rank)
         how.check(engine.config)
-        predictors = fit_predictors(engine.model, how, parts.fit)
+        refit = Refit(lambda sequences: fit_predictors(engine.model, how, sequences), parts.fit)
+        predictors = refit.fit(parts.fit)
         trials = Trials(engine.model, predictors, downs)
         for target in (*map(of_quality, args.quality), *map(Target, args.density)):
             found = calibrate(
-                engine.model, predictors, parts.search, parts.validation, target, downs,
+                engine.model, predictors, parts.search, parts.validation, target, downs, refit,
                 known=record.measurements, measured=record.keep,
             )  # fmt: skip
             rows.append(row(found, unseen, trials, record))

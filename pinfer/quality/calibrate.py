@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 
@@ -23,7 +23,7 @@ from pinfer.ffn import DenseFFN
 from pinfer.models import Transformer
 from pinfer.predictors import Predictor
 from pinfer.quality.allocate import Curve, allocate
-from pinfer.quality.target import LEAST_DENSITY, Target, bound
+from pinfer.quality.target import LEAST_DENSITY, Target, Transfer, bound
 from pinfer.quality.trials import Loss, Passage, Trials
 from pinfer.sparsify import LEAST_SEQUENCES, DownMaker, transposed_down
 
@@ -55,6 +55,7 @@ def calibrate(
     validation: Sequence[torch.Tensor],
     target: Target,
     downs: DownMaker = transposed_down,
+    refit: Refit | None = None,
     *,
     known: Mapping[str, Any] | None = None,
     measured: Measured = lambda _name, _found, _left_s: None,
@@ -65,13 +66,17 @@ def calibrate(
     not fitted on; the second measure what the first found. To be run under inference mode and the
     backend and precision that the model will run under.
 
+    refit: for a quality, how the predictors were fitted and on what: they are fitted anew on either half
+    of that, for what a kind of text costs that they have not seen (`Transfer`). Sequences are then to be in the
+    text's order, so that halves differ. Without it a new text is taken to be of the calibration's kinds.
+
     measured(name, found, left_s) is told of every measurement, as plain data, and of the seconds that
     are left at most; `known` has those of an earlier call, by name, whatever its target but with the same
     other arguments: they are not made again, and the result is the same.
 
     Figures: allocation (sensitivity or uniform, whichever has the lower KL at the mean density
     reached); density, that mean; sensitivity and uniform, the `Loss` of both at that density; for a
-    quality also `allowed` nats, `bound`, `full`, the loss with every neuron computed, and whether
+    quality also `allowed` nats, `bound`, `transfer`, `full`, the loss with every neuron computed, and whether
     the sparsest allocation tried was enough; tries; tokens.
 
     ValueError for a model or predictors that cannot take it, and for a quality that even every neuron does not keep.
@@ -83,7 +88,7 @@ def calibrate(
             )
     trials = Trials(model, predictors, downs)
     passages = Passage(model, search, _stride(model)), Passage(model, validation)
-    return _Search(trials, *passages, target, _Ledger(known or {}, measured)).run()
+    return _Search(trials, *passages, target, refit, _Ledger(known or {}, measured)).run()
 
 
 def _stride(model: Transformer) -> int:
@@ -98,6 +103,13 @@ def _ffn_weights(model: Transformer) -> list[int]:
 
 def _weights(matrix: Any) -> int:
     return int(matrix.rows * matrix.columns)
+
+
+class Refit(NamedTuple):
+    """fit: makes predictors, one a layer, of sequences; sequences: those that the predictors in use were fitted on."""
+
+    fit: Callable[[Sequence[torch.Tensor]], Sequence[Predictor]]
+    sequences: Sequence[torch.Tensor]
 
 
 class _Ledger:
@@ -127,9 +139,18 @@ class _Ledger:
 class _Search:
     """One calibration. `level` is a mean density throughout."""
 
-    def __init__(self, trials: Trials, search: Passage, validation: Passage, target: Target, ledger: _Ledger) -> None:
+    def __init__(
+        self,
+        trials: Trials,
+        search: Passage,
+        validation: Passage,
+        target: Target,
+        refit: Refit | None,
+        ledger: _Ledger,
+    ) -> None:
         self._trials, self._search, self._validation = trials, search, validation
-        self._target, self._ledger = target, ledger
+        self._target, self._refit, self._ledger = target, refit, ledger
+        self._transfer = Transfer(1.0, 1.0)
         self._curves: list[Curve] = []
         self._n_layers = trials.model.config.n_layers
 
@@ -137,7 +158,10 @@ class _Search:
         target = self._target
         self._ledger.ahead = self._work_ahead()
         full = None if target.quality is None else self._full()
-        tries = _tries(self._around() if target.density is None else target.density)
+        around = self._around() if target.density is None else target.density
+        tries = _tries(around)
+        if full is not None and self._refit is not None:
+            self._transfer = self._measure_transfer(self._refit, around)
         self._curves = self._measure_layers(tries)
         if full is None:
             level, suffices = cast(float, target.density), False
@@ -148,7 +172,7 @@ class _Search:
         both = {name: asdict(self._loss(name, level)) for name in ("sensitivity", "uniform")}
         figures = {"allocation": family, "density": level, **both, "tries": tries, "tokens": self._tokens()}
         if full is not None:
-            reached = bound(self._loss(family, level))
+            reached = self._bound(family, level)
             figures |= {
                 "allowed": target.allowed,
                 "bound": reached,
@@ -182,6 +206,23 @@ class _Search:
             loss = self._measure("search", self._search, "uniform", density)
             low, high = (low, middle) if loss.kl <= self._target.allowed else (middle, high)
         return 1 / (1 + math.exp(-(low + high) / 2))
+
+    def _measure_transfer(self, refit: Refit, density: float) -> Transfer:
+        """At a uniform density, from predictors of either half of the sequences fitted on."""
+
+        def of_half(number: int) -> list[float]:
+            predictors = refit.fit(_half(refit.sequences, number))
+            trials = self._trials.of(predictors)
+            scores = trials.scores(self._validation, [density] * self._n_layers)
+            return [
+                float(torch.cat([one.kl for one in _half(scores, half)]).double().mean())
+                for half in (number, 1 - number)
+            ]
+
+        names = [f"fitted on half {number} at {density!r}" for number in (0, 1)]
+        work = 2 * self._passage_work(self._validation, 1, self._n_layers)
+        found = self._ledger.find(names, work, lambda missing: [of_half(number) for number in missing])
+        return Transfer(*(sum(one) / 2 for one in zip(*found, strict=True)))
 
     def _measure_layers(self, tries: list[float]) -> list[Curve]:
         curves, walk = [], self._search.walk
@@ -217,7 +258,7 @@ class _Search:
             level = self._level_of(family, AIM * allowed / factor, lowest)
             if not rejected < level < accepted:
                 level = (max(rejected, lowest) + accepted) / 2
-            reached = bound(self._loss(family, level))
+            reached = self._bound(family, level)
             if reached <= allowed:
                 accepted = level
                 if level <= lowest or reached >= NEAR * allowed:
@@ -251,6 +292,9 @@ class _Search:
     def _loss(self, family: Family, level: float) -> Loss:
         return self._measure("validation", self._validation, family, level)
 
+    def _bound(self, family: Family, level: float) -> float:
+        return bound(self._loss(family, level), self._transfer.factor)
+
     def _measure(self, which: str, passage: Passage, family: Family, level: float) -> Loss:
         densities = self._densities(family, level)
         work = self._passage_work(passage, 1, self._n_layers)
@@ -265,7 +309,7 @@ class _Search:
         )
         if self._target.quality is None:
             return layers + 2 * validation
-        return layers + PROBES * search + (TRIALS + 2) * validation
+        return layers + PROBES * search + (TRIALS + 2 + 2 * (self._refit is not None)) * validation
 
     def _layer_work(self, layer: int) -> float:
         return self._passage_work(self._search, len(AROUND) + 1, self._n_layers - layer)
@@ -274,6 +318,11 @@ class _Search:
         model = passage.model
         blocks = sum(_ffn_weights(model)[-layers:])
         return tries * passage.tokens * blocks + (tries + 1) * passage.scored * _weights(model.head)
+
+
+def _half(sequences: Sequence[V], number: int) -> Sequence[V]:
+    middle = len(sequences) // 2
+    return sequences[:middle] if number == 0 else sequences[middle:]
 
 
 def _tries(density: float) -> list[float]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from pinfer.predictors.cuts import DENSITIES
+from pinfer.quality.allocate import LEAST_COST
 from pinfer.quality.trials import Loss
 
 LEAST_DENSITY = DENSITIES[0]
@@ -41,15 +42,32 @@ class Target:
         return math.inf if self.quality is None else -math.log(self.quality)
 
 
-def bound(loss: Loss) -> float:
-    """Nats a token that a text of the calibration's kinds hardly exceeds.
+@dataclass(frozen=True)
+class Transfer:
+    """How much more is lost on kinds of text that predictors have not seen.
+
+    own, other: the KL, nats a token, of predictors fitted on one half of a text, over that half and over
+    the other one, both halves taken together.
+    """
+
+    own: float
+    other: float
+
+    @property
+    def factor(self) -> float:
+        return max(1.0, self.other / max(self.own, LEAST_COST))
+
+
+def bound(loss: Loss, factor: float = 1.0) -> float:
+    """Nats a token that a new text is hardly to exceed, `factor` being that of `Transfer`.
 
     The greater of two: what was added, with its confidence bound; and the KL, for which added nats
     stand where the dense model's own probabilities are right, with a bound for a single new sequence.
-    The first alone is noisy, and knows nothing of how texts differ.
+    The first alone is noisy, and knows nothing of how sequences differ. Sequences of the calibration's
+    text know nothing of how texts differ: both are taken times the factor.
     """
     spread = math.hypot(loss.kl_error, loss.kl_spread)
-    return max(loss.added + CONFIDENCE * loss.added_error, loss.kl + CONFIDENCE * spread)
+    return max(factor * loss.added + CONFIDENCE * loss.added_error, factor * (loss.kl + CONFIDENCE * spread))
 
 
 class Parts(NamedTuple):

@@ -7,6 +7,7 @@ under the same backend and precision, under inference mode.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,12 +138,23 @@ class Trials:
         finally:
             self._restore()
 
+    def of(self, predictors: Sequence[Predictor]) -> Trials:
+        """The same with other predictors."""
+        other = copy.copy(self)
+        other.predictors = predictors
+        return other
+
     def whole(self, passage: Passage, densities: Sequence[float]) -> Loss:
         """The whole model at these densities, over a passage whose walk stands at the first layer."""
+        scores = self.scores(passage, densities)
+        counts = [ffn.activity for ffn in self._sparse]
+        return Loss.of(scores, sum(one.density for one in counts) / len(counts))
+
+    def scores(self, passage: Passage, densities: Sequence[float]) -> list[Scores]:
+        """The scores of each sequence, as `whole`."""
         with self.at(dict(enumerate(densities))):
             states = passage.states()
-        counts = [ffn.activity for ffn in self._sparse]
-        return Loss.of(passage.scores([states])[0], sum(one.density for one in counts) / len(counts))
+        return passage.scores([states])[0]
 
     def layer(self, passage: Passage, densities: Sequence[float]) -> list[float]:
         """Mean KL at each of the densities of that layer alone at which the passage's walk stands."""
