@@ -21,10 +21,9 @@ import torch.nn.functional as F
 
 from pinfer.config import RunConfig
 from pinfer.engine import Engine, load_engine
-from pinfer.engine.load import EVALUATION_TEXT
 from pinfer.engine.measure import dense_ffn
 from pinfer.engine.pairs import CONTRIBUTIONS, INPUTS, MIN_PAIRS, LayerPairs, PairPlan, collect_pairs, decode, encode
-from pinfer.engine.profile import Text, cut
+from pinfer.engine.text import EVALUATION_TEXT, Text, cut
 from pinfer.engine.train import FOLDER, LayerResult, TrainSettings, Watcher, remove_checkpoint, train
 from pinfer.engine.train_estimate import estimate_training
 from pinfer.kernels.activation import hidden_of
@@ -679,7 +678,7 @@ import os, shutil, signal, sys
 from pathlib import Path
 from pinfer.config import RunConfig
 from pinfer.engine import load_engine
-from pinfer.engine.profile import Text, cut
+from pinfer.engine.text import Text, cut
 from pinfer.engine.train import TrainSettings, train
 from pinfer.models import LayerWalk
 from pinfer.predictors.training import LayerTraining, TrainingSettings
