@@ -213,9 +213,8 @@ class InputSparseFFN(nn.Module):
     def __init__(self, weights: InputMajorWeights, threshold: InputThreshold, activation: str) -> None:
         super().__init__()
         self.weights, self.activation = weights, activation
-        self.observe: Callable[[torch.Tensor, torch.Tensor, Thresholds], None] | None = (
-            None  # with x, h and what is kept of them
-        )
+        # Called with some tokens, their hidden values and the thresholds of both.
+        self.observe: Callable[[torch.Tensor, torch.Tensor, Thresholds], None] | None = None
         self.activity = InputActivity(weights)
         self.thresholds, self.everything = self._tensors(*threshold), self._tensors(KEEP_ALL, KEEP_ALL)
 
