@@ -22,7 +22,7 @@ from pinfer.engine.fitting import FIT_SEQUENCE, STAGE
 from pinfer.engine.generate import peak_rss_bytes
 from pinfer.engine.solved import Solved
 from pinfer.engine.text import Text, cut
-from pinfer.engine.train import LayerResult, TrainSettings, Watcher
+from pinfer.engine.train import LayerResult, TrainSettings, Watcher, plan_of
 from pinfer.predictors.training import FRONTIER, TrainingSettings
 from pinfer.solve.estimate import StageEstimate, estimate_predictors
 from pinfer.solve.parts import Parts, deal
@@ -72,9 +72,11 @@ class Job:
         found = sum(map(len, sequences))
         if tokens is not None and found < 0.9 * tokens:
             note(f"{text.name} has {found} tokens for this model: all of them are used, not {tokens}")
+        parts = deal(sequences, engine.config.n_layers)
         if plan.train is not None:
             plan.train.check(engine)
-        return cls(engine, text, deal(sequences, engine.config.n_layers), plan, output)
+            plan_of(engine, parts.fit, plan.train)  # whether the disk budget holds enough tokens
+        return cls(engine, text, parts, plan, output)
 
     def directory(self) -> Solved:
         """The solved directory, made where there is none."""

@@ -1,0 +1,238 @@
+"""pinfer train and pinfer solve: from a text to a directory that runs, whatever interrupts it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pinfer.cli.main import BAD_INPUT, INTERRUPTED, OK
+from pinfer.cli.main import run as cli
+from pinfer.config import RunConfig
+from pinfer.engine import load_engine
+from pinfer.engine.fitting import CALIBRATE, STAGE
+from pinfer.engine.manifest import MANIFEST
+from pinfer.engine.solved import ACTIVATIONS, CALIBRATION, PREDICTOR, Solved
+from pinfer.solve import calibration as calibration_stage
+from pinfer.sparsify import density
+from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
+
+QUICK = ["--tokens", "4200", "--steps", "30", "--predictor-rank", "32"]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "a",
+        "lazy",
+        "dog",
+        "while",
+        "seven",
+        "wizards",
+        "hold",
+        "five",
+        "boxing",
+        "matches",
+    ]
+    generator = torch.Generator().manual_seed(1)
+    chosen = torch.randint(0, len(words), (3000,), generator=generator).tolist()
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(words[number] for number in chosen))
+    return str(path)
+
+
+def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def content(directory: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.is_file()}
+
+
+def test_a_relu_model_is_trained_and_keeps_its_quality(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, directory = str(write_tiny_llama(tmp_path / "m.gguf")), str(tmp_path / "solved")
+    arguments = ["solve", "-m", model, "-o", directory, "--text", text, "--quality", "0.9", "--json", *QUICK]
+    assert cli(arguments) == OK
+    found = last_json(capsys)
+    assert found["method"] == "low_rank"
+    assert found["rank"] == [32, 32]
+    calibration = found["calibration"]
+    assert calibration["target"] == {"quality": 0.9}
+    assert calibration["bound"] <= calibration["allowed"]
+    solved = Solved.open(directory)
+    assert set(solved.stages) == {"profile", STAGE, CALIBRATE}
+    assert all(solved.has(name) for name in (ACTIVATIONS, PREDICTOR, CALIBRATION))
+    before = content(directory)
+    assert cli(arguments) == OK  # nothing is left to do
+    assert content(directory) == before
+    assert "calibrated for this already" in capsys.readouterr().err
+    engine = load_engine(RunConfig(model=model, predictor_path=directory))
+    with engine.computing():
+        engine.model(torch.arange(4, 200), engine.model.new_cache())
+    assert density(engine.model) == pytest.approx(calibration["density"], abs=0.25)
+
+
+@pytest.mark.parametrize(("method", "asked"), [("auto", 0.5), ("gate_threshold", 0.7)])
+def test_other_models_are_fitted_to_a_density(
+    tmp_path: Path, text: str, method: str, asked: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, directory = str(write_tiny_gemma3(tmp_path / "m.gguf")), str(tmp_path / "solved")
+    arguments = ["solve", "-m", model, "-o", directory, "--text", text, "--method", method, "--density", str(asked)]
+    assert cli([*arguments, "--tokens", "4200", "--json"]) == OK
+    found = last_json(capsys)
+    assert found["method"] == ("shift_threshold" if method == "auto" else method)
+    densities = Solved.open(directory).read_json(CALIBRATION)["densities"]
+    assert sum(densities) / len(densities) == pytest.approx(asked, abs=1e-3)
+    assert (
+        cli(
+            [
+                "eval",
+                "-m",
+                model,
+                "-f",
+                text,
+                "--predictor-path",
+                directory,
+                "--window",
+                "64",
+                "--windows",
+                "4",
+                "--json",
+            ]
+        )
+        == OK
+    )
+    assert last_json(capsys)["density"] == pytest.approx(asked, abs=0.15)
+
+
+def test_train_alone_and_then_solve_takes_its_predictors(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, directory = str(write_tiny_llama(tmp_path / "m.gguf")), str(tmp_path / "solved")
+    given = ["-m", model, "-o", directory, "--text", text, *QUICK]
+    assert cli(["train", *given]) == OK
+    out = capsys.readouterr().out
+    assert "of the FFN's bytes" in out
+    assert f"--predictor-path {directory}" in out
+    trained = (Path(directory) / PREDICTOR).read_bytes()
+    assert cli(["generate", "-m", model, "-p", "the", "-n", "4", "--predictor-path", directory]) == OK
+    assert cli(["solve", *given, "--density", "0.5"]) == OK
+    assert "holds these predictors already" in capsys.readouterr().err
+    assert (Path(directory) / PREDICTOR).read_bytes() == trained
+    assert not [path for path in Path(directory).iterdir() if path.is_dir()], "checkpoints are gone"
+
+
+def test_sign_bits_are_fitted_to_a_recall(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model, directory = str(write_tiny_llama(tmp_path / "m.gguf")), str(tmp_path / "solved")
+    given = ["-m", model, "-o", directory, "--text", text, "--tokens", "4200", "--method", "sign_bits"]
+    assert cli(["train", *given, "--recall", "0.9", "--json"]) == OK
+    found = last_json(capsys)
+    assert [one["recall"] for one in found["quality"]] == pytest.approx([0.9, 0.9], abs=0.08)
+
+
+def test_an_interrupted_calibration_goes_on_to_the_same_end(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(write_tiny_gemma3(tmp_path / "m.gguf"))
+
+    def arguments(directory: str) -> list[str]:
+        return [
+            "solve",
+            "-m",
+            model,
+            "-o",
+            str(tmp_path / directory),
+            "--text",
+            text,
+            "--tokens",
+            "4200",
+            "--density",
+            "0.5",
+        ]
+
+    assert cli(arguments("whole")) == OK
+    whole = capsys.readouterr().err.count("calibrating:")
+    keep, kept = calibration_stage._Measured.keep, []
+
+    def stops(self: Any, *given: Any) -> None:
+        keep(self, *given)
+        kept.append(given[0])
+        if len(kept) == 20:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration_stage._Measured, "keep", stops)
+        assert cli(arguments("cut")) == INTERRUPTED
+    assert "keeps what is measured" in capsys.readouterr().err
+    assert cli(arguments("cut")) == OK
+    assert capsys.readouterr().err.count("calibrating:") == whole - 20
+    one, other = content(str(tmp_path / "whole")), content(str(tmp_path / "cut"))
+    assert one[CALIBRATION] == other[CALIBRATION]
+    assert one[MANIFEST] == other[MANIFEST]
+
+
+def test_a_dry_run_says_what_each_stage_takes_and_writes_nothing(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for write, extra in ((write_tiny_llama, QUICK), (write_tiny_gemma3, ["--tokens", "4200"])):
+        model = str(write(tmp_path / f"{write.__name__}.gguf"))
+        arguments = ["solve", "-m", model, "-o", str(tmp_path / "none"), "--text", text, "--dry-run", "--json", *extra]
+        assert cli(arguments) == OK
+        found = last_json(capsys)
+        assert [stage["stage"] for stage in found["stages"]] == ["profile", "predictors", "calibration"]
+        assert all(stage["total_s"] > 0 and stage["peak_rss_bytes"] > 1e6 for stage in found["stages"])
+        assert found["total_s"] == pytest.approx(sum(stage["total_s"] for stage in found["stages"]))
+        assert not (tmp_path / "none").exists()
+    assert cli([one for one in arguments if one != "--json"]) == OK
+    assert "Nothing was written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--density 0.3 --quality 0.9", "one of them"),
+        ("--density 0", "density must lie in"),
+        ("--quality 1", "quality must lie in (0, 1)"),
+        ("--method exact", "method exact has no predictors"),
+        ("--method dense", "method dense has no predictors"),
+        ("--method sign_bits --activation silu", "sign_bits needs a ReLU model"),
+        ("--activation silu --method low_rank", "training needs a sparsity"),
+        ("--predictor-rank 33", "multiple of 32"),
+        ("--predictor-share 0", "0"),
+        ("--steps 0", "steps must be at least 1"),
+        ("--disk-gb 0", "--disk-gb must be above 0"),
+        ("--disk-gb 1e-9", "disk"),
+        ("--tokens 100", "sequences"),
+        ("--text nothing.txt", "nothing.txt"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_writes_nothing(
+    tmp_path: Path, flags: str, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(write_tiny_llama(tmp_path / "m.gguf"))
+    assert cli(["solve", "-m", model, "-o", str(tmp_path / "solved"), *flags.split()]) == BAD_INPUT
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert named in line
+    assert not (tmp_path / "solved").exists()
+
+
+def test_the_guides_flags_are_taken(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(write_tiny_llama(tmp_path / "m.gguf"))
+    directory = str(tmp_path / "predictors" / "m")
+    arguments = ["--model", model, "--output", directory, "--target-gpu-layers", "20", "--gpu-memory-gb", "16"]
+    assert cli(["solve", *arguments, "--text", text, *QUICK, "--density", "0.5"]) == OK
+    err = capsys.readouterr().err
+    assert "--gpu-memory-gb 16 has no effect" in err
+    assert "--target-gpu-layers 20 has no effect" in err
+    assert sorted(path.name for path in Path(directory).iterdir() if path.suffix != ".lock")[:2]
