@@ -25,7 +25,7 @@ from pinfer.engine.fitting import FitSettings, fit_predictors
 from pinfer.engine.prepared import Prepared
 from pinfer.engine.text import CALIBRATION_TEXT, EVALUATION_TEXT, Text, cut
 from pinfer.quality import Calibration, Loss, Parts, Passage, Refit, Target, Trials, allocate, calibrate, deal, windows
-from pinfer.sparsify import resolve_method
+from pinfer.sparsify import THRESHOLDED, resolve_method
 
 HERE = Path(__file__).parent
 TEXTS = (EVALUATION_TEXT, HERE / "data" / "heldout.txt")
@@ -145,7 +145,7 @@ def settings_of(args: argparse.Namespace, engine: Engine, method: str, parts: Pa
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of all targets."""
     engine = load_engine(RunConfig(model=args.model, method="dense", threads=1))
-    method = resolve_method(args.method, engine.config, None if args.method != "auto" else 0.5)
+    method = resolve_method(args.method, engine.config, 0.5 if args.method in ("auto", *THRESHOLDED) else None)
     text = Text.read(None)
     parts = deal(cut(engine.tokenizer, text, args.tokens, engine.config.context_length, SEQUENCE))
     settings = settings_of(args, engine, method, parts)

@@ -87,7 +87,7 @@ def _interpolated(corners: Sequence[Point]) -> list[Point]:
     points = [corners[0]]
     for (low, before), (high, after) in pairwise(corners):
         steps = [step / PIECES for step in range(1, PIECES)]
-        points += [(low + at * (high - low), before ** (1 - at) * after**at) for at in steps]
+        points += [(low + at * (high - low), before * (after / before) ** at) for at in steps]
         points.append((high, after))
     return points
 
