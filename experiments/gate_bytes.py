@@ -35,7 +35,7 @@ from pinfer.ffn import DenseFFN
 from pinfer.kernels.activation import CLAMPS_UP, activate
 from pinfer.kernels.ops import dequantize
 from pinfer.quality import perplexity
-from pinfer.quant import Q8_0
+from pinfer.quant import Q5_0, Q8_0
 from pinfer.quantize import quantize
 from pinfer.sparsify import ffn_inputs, transposed_down
 
@@ -55,6 +55,7 @@ class Variant:
     skipped: share of inputs that ranking leaves out, the smallest |x_j| ‖G_:,j‖, the mean of what they add put back.
     small_m: M in four bits with error feedback; else in Q8_0.
     refit:   M fitted as well to what the rest leaves over, by ridge regression on the calibration inputs.
+    small_down: down's rows in Q5_0, else as the sparse path stores them.
     norms:   rank by |act(g) - c| · E|u| · ‖d‖; else without ‖d‖, as shift_threshold does.
     """
 
@@ -66,6 +67,7 @@ class Variant:
     small_m: bool = True
     refit: bool = True
     norms: bool = True
+    small_down: bool = False
 
 
 Q4, Q3, Q2 = (4, 32), (3, 64), (2, 64)
@@ -74,6 +76,12 @@ VARIANTS = (
     *(Variant("4-bit copy instead of the gate", sparsity, copy=Q4) for sparsity in (0.5, 0.6, 0.7)),
     *(
         Variant("4-bit copy, a quarter of its inputs skipped", sparsity, copy=Q4, skipped=0.25)
+        for sparsity in (0.5, 0.6, 0.7)
+    ),
+    *(
+        Variant(
+            "4-bit copy, a quarter of its inputs skipped, down in Q5_0", sparsity, Q4, skipped=0.25, small_down=True
+        )
         for sparsity in (0.5, 0.6, 0.7)
     ),
     Variant("3-bit copy instead of the gate", 0.7, copy=Q3),
@@ -92,7 +100,8 @@ class Layer:
             raise ValueError("this model's FFN has no gate, or clamps its up products: shift_threshold does not fit it")
         down, _ = transposed_down(0, ffn)
         self.gate, self.up, self.down = dequantize(ffn.gate), dequantize(ffn.up), dequantize(down)
-        self.gate_bytes, self.other_bytes = ffn.gate.nbytes, ffn.up.nbytes + down.nbytes
+        self.small_down = quantize(self.down, Q5_0)
+        self.gate_bytes, self.up_bytes, self.down_bytes = ffn.gate.nbytes, ffn.up.nbytes, down.nbytes
         self.activation = ffn.activation
         self.inputs, self.moment = inputs, inputs.T @ inputs / len(inputs)
         self.x = inputs[:: -(-len(inputs) // FITTED_TOKENS)].contiguous()
@@ -123,6 +132,7 @@ class ScreenedFFN(nn.Module):
         super().__init__()
         self.layer, self.variant = layer, variant
         self.screen = layer.copy(variant.copy)
+        self.down = dequantize(layer.small_down) if variant.small_down else layer.down
         self.weight = layer.up_size * (layer.down.norm(dim=1) if variant.norms else 1.0)
         self.norms = self.screen.norm(dim=0)
         self.smallest = quantile(layer.x.abs() * self.norms, variant.skipped)
@@ -146,7 +156,7 @@ class ScreenedFFN(nn.Module):
         layer, ranking = self.layer, self.ranking(x)
         keep = self.sizes(ranking) > self.threshold
         values = layer.act(x @ layer.gate.T) if self.variant.exact else ranking
-        return torch.where(keep, (values - layer.center) * (x @ layer.up.T), 0.0) @ layer.down, keep
+        return torch.where(keep, (values - layer.center) * (x @ layer.up.T), 0.0) @ self.down, keep
 
     def _compensation(self) -> torch.Tensor:
         layer, matrix = self.layer, self.layer.matrix
@@ -180,7 +190,8 @@ class ScreenedFFN(nn.Module):
         whole = layer.gate_bytes if variant.copy is None else layer.gate.numel() * bits_per_weight(*variant.copy) / 8
         screening = whole * self.inputs / (self.tokens * layer.gate.shape[1])
         m_bits = bits_per_weight(M_BITS if variant.small_m else 8, M_GROUP)
-        rows = layer.other_bytes + (layer.gate_bytes if variant.exact else 0)
+        rows = layer.up_bytes + (layer.small_down.nbytes if variant.small_down else layer.down_bytes)
+        rows += layer.gate_bytes if variant.exact else 0
         return screening + layer.matrix.numel() * m_bits / 8 + self.density * rows
 
 
@@ -206,7 +217,7 @@ def measure(engine: Engine, layers: list[Layer], variant: Variant | None, pieces
     row: dict[str, Any] = {"variant": None if variant is None else asdict(variant)}
     row["nll_by_window"] = [perplexity(engine.model, [piece]).nll for piece in pieces]
     if variant is not None:
-        dense = sum(layer.gate_bytes + layer.other_bytes for layer in layers)
+        dense = sum(layer.gate_bytes + layer.up_bytes + layer.down_bytes for layer in layers)
         row["density"] = fmean(block.ffn.density for block in engine.model.blocks)
         row["bytes_share"] = sum(block.ffn.read_bytes for block in engine.model.blocks) / dense
     return row | {"environment": environment()}

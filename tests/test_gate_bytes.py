@@ -77,7 +77,7 @@ def test_bytes_are_of_what_is_read(example: Example) -> None:
         ffn = ScreenedFFN(example.layer, Variant("", 0.6, **choices))
         ffn(example.layer.x, example.layer.x)
         layer, matrix = example.layer, WIDTH * WIDTH * 4.5 / 8
-        expected = gate * layer.gate_bytes + matrix + 0.4 * layer.other_bytes
+        expected = gate * layer.gate_bytes + matrix + 0.4 * (layer.up_bytes + layer.down_bytes)
         assert ffn.read_bytes == pytest.approx(expected, rel=0.01)
 
 
