@@ -75,18 +75,14 @@ VARIANTS = (
     Variant("shift_threshold", 0.7, small_m=False, refit=False, norms=False),
     *(Variant("4-bit copy instead of the gate", sparsity, copy=Q4) for sparsity in (0.5, 0.6, 0.7)),
     *(
-        Variant("4-bit copy, a quarter of its inputs skipped", sparsity, copy=Q4, skipped=0.25)
-        for sparsity in (0.5, 0.6, 0.7)
-    ),
-    *(
         Variant(
             "4-bit copy, a quarter of its inputs skipped, down in Q5_0", sparsity, Q4, skipped=0.25, small_down=True
         )
         for sparsity in (0.5, 0.6, 0.7)
     ),
+    Variant("4-bit copy, a quarter of its inputs skipped", 0.7, copy=Q4, skipped=0.25),
     Variant("3-bit copy instead of the gate", 0.7, copy=Q3),
     Variant("2-bit copy ranks, gate rows of kept neurons", 0.7, copy=Q2, exact=True),
-    Variant("the gate itself, M refitted, in Q8_0", 0.7, small_m=False),
     Variant("the gate itself, M refitted, in 4 bits", 0.7),
 )
 
@@ -108,6 +104,7 @@ class Layer:
         self.center = self.act(self.x @ self.gate.T).T.contiguous().median(dim=1).values
         self.up_size = (self.x @ self.up.T).abs().mean(dim=0)
         self.matrix = (self.down * self.center[:, None]).T @ self.up
+        self.outputs = self.dense(inputs)
         self._copies: dict[tuple[int, int], torch.Tensor] = {}
 
     def act(self, values: torch.Tensor) -> torch.Tensor:
@@ -161,7 +158,7 @@ class ScreenedFFN(nn.Module):
     def _compensation(self) -> torch.Tensor:
         layer, matrix = self.layer, self.layer.matrix
         if self.variant.refit:
-            left = layer.dense(layer.inputs) - self.neurons(layer.inputs)[0] - layer.inputs @ matrix.T
+            left = layer.outputs - self.neurons(layer.inputs)[0] - layer.inputs @ matrix.T
             ridge = layer.moment + RIDGE * layer.moment.diagonal().mean() * torch.eye(len(layer.moment))
             matrix = matrix + torch.linalg.solve(ridge, layer.inputs.T @ left / len(left)).T
         if self.variant.small_m:
