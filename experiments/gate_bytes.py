@@ -70,7 +70,7 @@ class Variant:
     small_down: bool = False
 
 
-Q4, Q3, Q2 = (4, 32), (3, 64), (2, 64)
+Q4 = (4, 32)
 VARIANTS = (
     Variant("shift_threshold", 0.7, small_m=False, refit=False, norms=False),
     *(Variant("4-bit copy instead of the gate", sparsity, copy=Q4) for sparsity in (0.5, 0.6, 0.7)),
@@ -81,9 +81,7 @@ VARIANTS = (
         for sparsity in (0.5, 0.6, 0.7)
     ),
     Variant("4-bit copy, a quarter of its inputs skipped", 0.7, copy=Q4, skipped=0.25),
-    Variant("3-bit copy instead of the gate", 0.7, copy=Q3),
-    Variant("2-bit copy ranks, gate rows of kept neurons", 0.7, copy=Q2, exact=True),
-    Variant("the gate itself, M refitted, in 4 bits", 0.7),
+    Variant("4-bit copy instead of the gate, down in Q5_0", 0.7, copy=Q4, small_down=True),
 )
 
 
