@@ -42,6 +42,17 @@ def quantize(values: Tensor, kind: QuantType) -> QuantTensor:
     return QuantTensor(blocks, kind, columns)
 
 
+def pack_levels(levels: Tensor, scales: Tensor, kind: QuantType) -> QuantTensor:
+    """Blocks of `kind`, Q4_0 or Q5_0, whose weights are whole levels times scales, without another rounding.
+
+    levels: float32 [rows, columns] in -8..7, for Q5_0 -16..15. scales: float32 [rows, columns / 32], stored as fp16.
+    """
+    half_levels = {quant.Q4_0: 8, quant.Q5_0: 16}[kind]
+    quants = (levels + half_levels).to(torch.uint8).view(-1, kind.block_size)
+    blocks = _centred_blocks(scales.reshape(-1, 1), quants, half_levels)
+    return QuantTensor(blocks.view(len(levels), -1), kind, levels.shape[1])
+
+
 def _check(values: Tensor, kind: QuantType) -> None:
     limit = _LIMITS.get(kind, _FP16_MAX)
     largest = float(values.abs().amax()) if values.numel() else 0.0
@@ -102,6 +113,12 @@ def _centred(values: Tensor, half_levels: int) -> tuple[Tensor, Tensor]:
     return scale, levels.to(torch.int32).clamp(0, 2 * half_levels - 1).to(torch.uint8)
 
 
+def _centred_blocks(scale: Tensor, quants: Tensor, half_levels: int) -> Tensor:
+    """Blocks of Q4_0 (half_levels 8) or Q5_0 (16) from scales [blocks, 1] and levels uint8 [blocks, 32]."""
+    fifth = [_fifth_bits(quants)] if half_levels == 16 else []
+    return torch.cat([_bytes(scale, torch.float16), *fifth, _nibbles(quants)], dim=1)
+
+
 def _ranged(values: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
     """Scale and minimum [blocks, 1] that spread min..max over 0..top, and levels uint8 [blocks, 32]."""
     low, high = values.aminmax(dim=1, keepdim=True)
@@ -111,8 +128,7 @@ def _ranged(values: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _q4_0(values: Tensor) -> Tensor:
-    scale, quants = _centred(values, 8)
-    return torch.cat([_bytes(scale, torch.float16), _nibbles(quants)], dim=1)
+    return _centred_blocks(*_centred(values, 8), 8)
 
 
 def _q4_1(values: Tensor) -> Tensor:
@@ -121,8 +137,7 @@ def _q4_1(values: Tensor) -> Tensor:
 
 
 def _q5_0(values: Tensor) -> Tensor:
-    scale, quants = _centred(values, 16)
-    return torch.cat([_bytes(scale, torch.float16), _fifth_bits(quants), _nibbles(quants)], dim=1)
+    return _centred_blocks(*_centred(values, 16), 16)
 
 
 def _q5_1(values: Tensor) -> Tensor:

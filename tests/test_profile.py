@@ -27,11 +27,12 @@ from pinfer.engine.profile import FOLDER, Profile, Watcher, profile
 from pinfer.engine.solved import ACTIVATIONS, Solved
 from pinfer.engine.text import MIN_TOKENS, Text, cut
 from pinfer.ffn import DenseFFN
+from pinfer.kernels import norms
 from pinfer.kernels.activation import hidden_of
 from pinfer.kernels.ops import dequantize, quant_matmul
 from pinfer.models import KVCache, LayerWalk
 from pinfer.placement import accumulate
-from pinfer.placement.accumulate import Accumulator, Magnitudes, holding, row_norms_of_transpose
+from pinfer.placement.accumulate import Accumulator, Magnitudes, holding
 from pinfer.placement.statistics import (
     QUANTILES,
     LayerStatistics,
@@ -200,11 +201,12 @@ def test_the_fewest_neurons_that_hold_a_share() -> None:
 
 
 @pytest.mark.parametrize("weight_type", ["F32", "Q4_0", "Q8_0"])
-def test_norms_of_down_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight_type: str) -> None:
-    monkeypatch.setattr(accumulate, "NORM_CHUNK_WEIGHTS", 96 * 5)  # 64 rows: chunks that do not divide them
+def test_norms_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight_type: str) -> None:
+    monkeypatch.setattr(norms, "CHUNK_WEIGHTS", 96 * 5)  # 64 rows: chunks that do not divide them
     engine = load(write_tiny_llama(tmp_path / "m.gguf", weight_type=weight_type))
     down = engine.gguf.tensor("blk.1.ffn_down.weight")
-    torch.testing.assert_close(row_norms_of_transpose(down), dequantize(down).norm(dim=0))
+    torch.testing.assert_close(norms.column_norms(down), dequantize(down).norm(dim=0))
+    torch.testing.assert_close(norms.row_norms(down), dequantize(down).norm(dim=1))
 
 
 def test_magnitudes_to_a_thousandth(generator: torch.Generator) -> None:

@@ -12,13 +12,14 @@ from pinfer.cli.main import BAD_INPUT
 from pinfer.cli.main import run as cli
 from pinfer.config import RunConfig
 from pinfer.engine import load_engine
+from pinfer.error_feedback import error_feedback
 from pinfer.ffn import FFNWeights, HybridFFN, SparseFFN
 from pinfer.kernels.activation import activate
 from pinfer.kernels.dequantize.reference import dequantize
 from pinfer.models import KVCache
 from pinfer.predictors import FFNMatrices, Predictor, WeightedThreshold, fit_gate_threshold, fit_weighted_threshold
 from pinfer.predictors.weighted_threshold import compensation_of
-from pinfer.quant import Q8_0, QuantTensor
+from pinfer.quant import F16, Q4_0, QuantTensor
 from tests.gguf_files import write_tiny_gemma3
 
 WIDTH, NEURONS = 64, 160
@@ -76,11 +77,40 @@ def test_it_adds_up_what_its_formula_says(tokens: int, shifted: bool) -> None:
 
 def test_the_compensation_is_the_sum_of_constant_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, center = Layer(), torch.linspace(-0.3, 0.1, NEURONS)
+    x = layer.calibration
     expected = layer.down @ (center[:, None] * layer.up)
-    whole = dequantize(compensation_of(layer.ffn, center))
-    assert error(whole, expected.double()) < 0.01  # its rounding to eight bits
+    whole = dequantize(compensation_of(layer.ffn, center, x))
+    assert error(x @ whole.T, x.double() @ expected.double().T) < 0.1  # its rounding to four bits
+    assert torch.equal(whole, dequantize(error_feedback(expected, x.T @ x / len(x), Q4_0)))
     monkeypatch.setattr("pinfer.predictors.weighted_threshold.CHUNK_BYTES", 4 * 7 * NEURONS)
-    assert torch.allclose(dequantize(compensation_of(layer.ffn, center)), whole, atol=1e-3)
+    pieced = dequantize(compensation_of(layer.ffn, center, x))
+    assert error(x @ pieced.T, x.double() @ whole.double().T) < 0.02
+
+
+def test_a_width_of_no_whole_blocks_has_its_compensation_in_f16() -> None:
+    layer, center, width = Layer(), torch.linspace(-0.3, 0.1, NEURONS), WIDTH - 2
+    gate, up = (QuantTensor.from_dense(one[:, :width]) for one in (layer.gate, layer.up))
+    ffn = FFNMatrices(gate, up, QuantTensor.from_dense(layer.down[:width]), "silu")
+    matrix = compensation_of(ffn, center, layer.calibration[:, :width])
+    assert matrix.type is F16
+    expected = layer.down[:width] @ (center[:, None] * layer.up[:, :width])
+    assert error(dequantize(matrix), expected.double()) < 1e-3
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_neurons_are_ranked_by_what_they_add(shifted: bool) -> None:
+    """By |act(g · x) - c| · E|u · x| · ‖d‖ in float64, which down's columns of very different norms decide."""
+    layer = Layer()
+    layer.down *= torch.logspace(-1.5, 1.5, NEURONS)[torch.randperm(NEURONS, generator=layer.generator)]
+    layer.ffn = layer.ffn._replace(down=QuantTensor.from_dense(layer.down))
+    x = layer.calibration.double()
+    values = activate("silu", x @ layer.gate.double().T)
+    if shifted:
+        values = values - values.median(dim=0).values
+    sizes = values.abs() * (x @ layer.up.double().T).abs().mean(dim=0) * layer.down.double().norm(dim=0)
+    expected = sizes > sizes.flatten().kthvalue(round(0.6 * sizes.numel())).values
+    kept = layer.fit(0.6, shifted=shifted)(layer.calibration, layer.calibration).mask
+    assert float((kept == expected).double().mean()) > 0.999
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -96,10 +126,13 @@ def test_the_asked_share_is_skipped(sparsity: float, shifted: bool) -> None:
 
 def test_with_every_neuron_kept_it_is_the_dense_ffn() -> None:
     layer = Layer()
-    x = layer.inputs(9)
-    plain, shifted = layer.sparse(layer.fit(0, shifted=False)), layer.sparse(layer.fit(0))
+    x, predictor = layer.inputs(9), layer.fit(0)
+    plain, shifted = layer.sparse(layer.fit(0, shifted=False)), layer.sparse(predictor)
+    exact = layer.down.double() @ (predictor.shift[:, None] * layer.up).double()
+    rounding = x.double() @ (dequantize(predictor.compensation).double() - exact).T
     assert error(plain(x, x), layer.dense(x)) < 1e-5
-    assert error(shifted(x, x), layer.dense(x)) < 0.005  # but for the compensation's rounding
+    assert error(shifted(x, x), layer.dense(x) + rounding) < 1e-5
+    assert float(rounding.norm() / layer.dense(x).norm()) < 0.1  # of uncorrelated inputs, the worst there are
     assert plain.activity.density == shifted.activity.density == 1
 
 
@@ -154,7 +187,7 @@ def test_a_model_runs_by_it(tmp_path: Path, method: str, cold_fraction: float) -
     assert not torch.allclose(logits[1:], expected[1:], atol=1e-4)
     assert 0.3 < S.density(engine.model) < 0.75
     config = engine.config
-    matrix = Q8_0.row_bytes(config.d_model) * config.d_model if config.d_model % 32 == 0 else 2 * config.d_model**2
+    matrix = Q4_0.row_bytes(config.d_model) * config.d_model if config.d_model % 32 == 0 else 2 * config.d_model**2
     assert S.predictor_bytes(engine.model) == (config.n_layers * matrix if method == "shift_threshold" else 0)
 
 

@@ -30,6 +30,7 @@ STAGE, CALIBRATE = "predictor", "calibrate"
 # Quantiles want more tokens than a closed form, and both more than some contexts hold. Twice as many
 # take a tenth off the neurons that low_rank names beside the active ones, and twice the time.
 FIT_TOKENS, THRESHOLD_TOKENS, FIT_SEQUENCE = 2048, 4096, 256
+FIT_VERSION = 2  # of the rules that predictors are fitted by: what is kept of another is fitted anew
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def fit_settings_key(
     how: FitSettings, config: ModelConfig, sequences: list[torch.Tensor], int8: bool
 ) -> dict[str, Any]:
     """All that fitted predictors depend on beside the model's file, as plain data."""
-    return dataclasses.asdict(how) | walk_settings(sequences, config, int8)
+    return dataclasses.asdict(how) | {"version": FIT_VERSION} | walk_settings(sequences, config, int8)
 
 
 def fit_predictors(

@@ -18,9 +18,10 @@ from pinfer.engine.generate import peak_rss_bytes
 from pinfer.engine.load import Engine
 from pinfer.engine.mapped import release_pages
 from pinfer.ffn import DenseFFN
+from pinfer.kernels.norms import column_norms
 from pinfer.kernels.ops import glu, quant_matmul
 from pinfer.models import LayerWalk
-from pinfer.placement.accumulate import Accumulator, row_norms_of_transpose
+from pinfer.placement.accumulate import Accumulator
 from pinfer.placement.statistics import LayerStatistics, to_tensors
 
 DISK_BYTES_PER_S = 200e6  # a modest disk's, each write waited for
@@ -61,7 +62,7 @@ def measure_layer(engine: Engine, walk: LayerWalk, passed: Callable[[], None] = 
     """
     number, dense = walk.layer, dense_ffn(engine, walk.layer)
     counted = sum(len(residual) - 1 for residual in walk.residuals)
-    accumulator = Accumulator(row_norms_of_transpose(dense.down), dense.activation, counted)
+    accumulator = Accumulator(column_norms(dense.down), dense.activation, counted)
     observe_layer(engine, walk, accumulator, passed)
     try:
         return accumulator.finish()

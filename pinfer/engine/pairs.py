@@ -23,8 +23,8 @@ import torch
 from pinfer.engine.load import Engine
 from pinfer.engine.measure import dense_ffn, observe_layer
 from pinfer.engine.sample import contribution_bar
+from pinfer.kernels.norms import column_norms
 from pinfer.models import LayerWalk
-from pinfer.placement.accumulate import row_norms_of_transpose
 from pinfer.predictors.pair_source import Pairs
 
 INPUTS, CONTRIBUTIONS = "inputs.f16", "contributions.u8"
@@ -219,7 +219,7 @@ def collect_pairs(
     that is not dense, and where activations are not finite.
     """
     number, dense = walk.layer, dense_ffn(engine, walk.layer)
-    norms = row_norms_of_transpose(dense.down)
+    norms = column_norms(dense.down)
     bar = 0.0 if sparsity is None else contribution_bar(engine, walk, norms, sparsity)
     writer = PairWriter(folder, plan, norms, bar)
     try:

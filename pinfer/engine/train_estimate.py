@@ -25,8 +25,8 @@ from pinfer.engine.measure import (
 from pinfer.engine.pairs import RESIDENT_BYTES, CodedPairs, encode
 from pinfer.engine.sample import sampled
 from pinfer.engine.train import TrainSettings, plan_of
+from pinfer.kernels.norms import column_norms
 from pinfer.models import LayerWalk
-from pinfer.placement.accumulate import row_norms_of_transpose
 from pinfer.predictors.low_rank import RANK_MULTIPLE
 from pinfer.predictors.training import LayerTraining
 
@@ -119,7 +119,7 @@ def _usual_rank(engine: Engine, settings: TrainSettings) -> int:
 
 def _sampled_pairs(engine: Engine, walk: LayerWalk) -> tuple[CodedPairs, float]:
     """Pairs of the walk's next layer on some of the sequences, and the time a token took."""
-    held = _Held(row_norms_of_transpose(dense_ffn(engine, walk.layer).down))
+    held = _Held(column_norms(dense_ffn(engine, walk.layer).down))
     numbers = sampled([len(residual) for residual in walk.residuals])
     with observed(engine, walk.layer, held):
         started = time.perf_counter()

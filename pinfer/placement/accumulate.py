@@ -6,28 +6,16 @@ import numpy as np
 import torch
 
 from pinfer.kernels.activation import CLAMPS_UP, ZERO_BELOW_ZERO, activate
-from pinfer.kernels.ops import dequantize
 from pinfer.placement.statistics import QUANTILES, LayerStatistics
-from pinfer.quant import QuantTensor
 
 FIRING_MASS = 0.8  # of a token's contribution, held by the neurons that count as firing without a ReLU
 # Gates of so many tokens are held for the medians (117 MB for 14,336 neurons). The median of 2,048 of
 # many tokens is a quantile between 0.48 and 0.52 of them all, 19 times in 20.
 CENTER_TOKENS = 2048
-NORM_CHUNK_WEIGHTS = 1 << 20  # of `down`, unpacked at a time: 4 MB
 # Magnitudes are counted by the upper bits of their floats, which order as the numbers do: 8 of exponent
 # and 10 of mantissa make bins whose middles are within 0.05 % of all that is in them.
 DROPPED_BITS = 13
 BINS = 1 << (31 - DROPPED_BITS)
-
-
-def row_norms_of_transpose(down: QuantTensor) -> torch.Tensor:
-    """‖d_i‖ float32 [N], the norms of the columns of `down` [D, N] as a file stores it."""
-    squares = torch.zeros(down.columns, dtype=torch.float64)
-    step = max(1, NORM_CHUNK_WEIGHTS // down.columns)
-    for first in range(0, down.rows, step):
-        squares += dequantize(down[first : first + step]).square().sum(0, dtype=torch.float64)
-    return squares.sqrt().float()
 
 
 class Magnitudes:

@@ -1,7 +1,7 @@
 """weighted_threshold and shift_threshold: the gate alone, ranked by what a neuron is likely to add.
 
-CATS ranks neurons by |act(g · x)|, though what neuron i adds is act(g_i · x) (u_i · x) d_i, and E|u_i · x|
-differs from neuron to neuron. `weighted_threshold` ranks by |act(g_i · x)| · E|u_i · x|.
+CATS ranks neurons by |act(g · x)|, though what neuron i adds is act(g_i · x) (u_i · x) d_i, and E|u_i · x| · ‖d_i‖
+differs from neuron to neuron. `weighted_threshold` ranks by |act(g_i · x)| · E|u_i · x| · ‖d_i‖.
 
 `shift_threshold` first takes away what needs no choice. SiLU and GELU dip below zero, and most gates lie
 in the dip: act(g_i · x) is near a constant c_i of its own. So
@@ -9,7 +9,8 @@ in the dip: act(g_i · x) is near a constant c_i of its own. So
     y = Σ over all i of c_i (u_i · x) d_i  +  Σ over kept i of (act(g_i · x) - c_i) (u_i · x) d_i
 
 and the first sum is a matrix, M = Σ c_i d_i u_iᵀ, of D × D however many neurons there are. Neurons are
-ranked by |act(g_i · x) - c_i| · E|u_i · x|. With every neuron kept it is the dense FFN but for M's rounding.
+ranked by |act(g_i · x) - c_i| · E|u_i · x| · ‖d_i‖. M is kept in four bits, rounded so that M·x changes least for
+the inputs of the calibration text (`pinfer.error_feedback`). With every neuron kept it is the dense FFN but for that.
 
 Both cut at a quantile over a calibration text, so what is reached elsewhere is near the sparsity asked
 for and not equal to it. Nothing is trained. A sequence's first token is computed whole: its activations
@@ -23,11 +24,13 @@ from typing import NamedTuple
 
 import torch
 
+from pinfer.error_feedback import error_feedback
 from pinfer.kernels.activation import CLAMPS_UP, activate
+from pinfer.kernels.norms import column_norms
 from pinfer.kernels.ops import dequantize, quant_matmul, threshold_matmul
 from pinfer.predictors.base import Prediction, Predictor
 from pinfer.predictors.cuts import KEPT_VALUES, Cuts
-from pinfer.quant import F16, Q8_0, QuantTensor
+from pinfer.quant import F16, Q4_0, QuantTensor
 from pinfer.quantize import quantize
 
 CHUNK_BYTES = 64 << 20  # of dequantised weights at a time
@@ -89,28 +92,33 @@ def fit_weighted_threshold(ffn: FFNMatrices, x: torch.Tensor, *, shifted: bool) 
         raise ValueError(f"shift_threshold needs up products as they are; {ffn.activation} clamps them")
     if not bool(x.isfinite().all()):
         raise ValueError("an FFN's inputs are not finite: the weights are damaged")
-    centers, weights, sizes = [], [], []
+    centers, weights, sizes, norms = [], [], [], column_norms(ffn.down)
     for part in _chunks(ffn.gate, x.shape[0]):
         values = activate(ffn.activation, quant_matmul(x, ffn.gate[part]))  # [T, n]
         centers.append(values.median(dim=0).values if shifted else torch.zeros_like(values[0]))
         up = quant_matmul(x, ffn.up[part])
         counts = up.clamp_min(0) if ffn.activation in CLAMPS_UP else up.abs()
-        weights.append(counts.mean(dim=0).clamp_min(1e-20))
+        weights.append((counts.mean(dim=0) * norms[part]).clamp_min(1e-20))
         sizes.append(((values - centers[-1]).abs() * weights[-1])[_sample(x.shape[0], ffn.gate.rows)])
     center, scale = torch.cat(centers), 1 / torch.cat(weights)
     cuts = Cuts.of(torch.cat(sizes, dim=1), scale.new_zeros(1), scale)
-    shift, compensation = (center, compensation_of(ffn, center)) if shifted else (None, None)
+    shift, compensation = (center, compensation_of(ffn, center, x)) if shifted else (None, None)
     return WeightedThreshold(ffn.gate, ffn.activation, cuts.threshold(1.0), shift, compensation, cuts)
 
 
-def compensation_of(ffn: FFNMatrices, center: torch.Tensor) -> QuantTensor:
-    """M = Σ over neurons i of center_i · d_i u_iᵀ, [D, D], in Q8_0, or F16 where D fills no whole blocks."""
+def compensation_of(ffn: FFNMatrices, center: torch.Tensor, x: torch.Tensor) -> QuantTensor:
+    """M = Σ over neurons i of center_i · d_i u_iᵀ, [D, D], in Q4_0, or F16 where D fills no whole blocks.
+
+    Four bits are rounded with error feedback for inputs like x float32 [T, D].
+    """
     total = torch.zeros(ffn.down.rows, ffn.up.columns, device=center.device)
     for columns in _chunks(ffn.down, 0):
         down = dequantize(ffn.down[columns]) * center  # [d, N]
         for rows in _chunks(ffn.up, 0):
             total[columns] += down[:, rows] @ dequantize(ffn.up[rows])
-    return quantize(total, Q8_0 if ffn.up.columns % Q8_0.block_size == 0 else F16)
+    if ffn.up.columns % Q4_0.block_size:
+        return quantize(total, F16)
+    return error_feedback(total, x.T @ x / len(x), Q4_0)
 
 
 def _chunks(weight: QuantTensor, tokens: int) -> Iterator[slice]:

@@ -24,18 +24,17 @@ import torch
 
 from pinfer.ffn import InputSparseFFN, SparseFFN, Thresholds
 from pinfer.kernels.activation import ZERO_BELOW_ZERO, activate, hidden_of
-from pinfer.kernels.ops import dequantize, input_sparse_matmul, quant_matmul
+from pinfer.kernels.norms import row_norms
+from pinfer.kernels.ops import input_sparse_matmul, quant_matmul
 from pinfer.kernels.select_active.reference import passes
 from pinfer.models import Transformer
 from pinfer.predictors import Prediction
-from pinfer.quant import QuantTensor
 
 TrulyActive = Literal["nonzero", "top_k"]
 # Of some tokens: weight, computed and fired [T, N], work [T, 1].
 Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 Watched = SparseFFN | InputSparseFFN
 Parts = list[list[Part]]  # of each shard
-CHUNK_BYTES = 16 << 20  # of dequantised down at a time
 
 
 def truly_active(activation: str) -> TrulyActive:
@@ -129,7 +128,7 @@ class NeuronObserver:
             shards = [module for module in ffn.modules() if isinstance(module, Watched)]
             if not shards:
                 raise ValueError(f"layer {layer} is dense: it has no predictor to observe")
-            self._shards.append([(shard, _row_norms(shard.weights.down)) for shard in shards])
+            self._shards.append([(shard, row_norms(shard.weights.down)) for shard in shards])
 
     @contextmanager
     def watch(self, last: int) -> Iterator[list[NeuronCounts]]:
@@ -207,12 +206,6 @@ def computed_neurons(prediction: Prediction, last: int) -> torch.Tensor:
     listed = torch.zeros(indices.numel(), dtype=torch.bool, device=indices.device)
     listed[indices[:count].long()] = True
     return listed.expand(last, -1) if prediction.mask is None else listed & prediction.mask[-last:]
-
-
-def _row_norms(down: QuantTensor) -> torch.Tensor:
-    """float32 [N]: ‖d_i‖ of each neuron's row of `down` [N, D]."""
-    step = max(1, CHUNK_BYTES // (4 * down.columns))
-    return torch.cat([dequantize(down[start : start + step]).norm(dim=1) for start in range(0, down.rows, step)])
 
 
 def total(counts: Sequence[NeuronCounts]) -> NeuronCounts:
