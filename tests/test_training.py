@@ -447,6 +447,14 @@ def test_pairs_are_what_the_layer_did(
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) == plan.nbytes <= budget
 
 
+def test_pages_that_are_let_go_come_back(
+    engine: Engine, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pinfer.engine.pairs.RESIDENT_BYTES", 0)
+    run_training(engine, tmp_path)
+    assert listing(tmp_path) == whole
+
+
 def test_activations_that_are_not_finite_are_refused(tmp_path: Path, engine: Engine) -> None:
     sequences = sequences_of(engine)
     with engine.computing():

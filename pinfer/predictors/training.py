@@ -59,8 +59,8 @@ class TrainingSettings:
     weight_type: str = "Q4_0"
     steps: int = 2000
     batch_tokens: int = 1024
-    learning_rate: float = 0.015
-    contribution_weight: float = 10.0
+    learning_rate: float = 0.03
+    contribution_weight: float = 30.0
     over_prediction: float = 1.3
     measure_every: int = 100
     patience: int = 5
