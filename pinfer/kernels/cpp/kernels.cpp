@@ -70,7 +70,9 @@ inline void dot_rows(const pinfer_matrix& w, const Inputs& in, int64_t first, in
     const auto point = [&](int64_t k, const uint8_t** rows) {
         for (int r = 0; r < R; ++r) rows[r] = w.blocks + index(smaller(k + r, last - 1)) * w.row_stride;
     };
-    const uint8_t *rows[R], *ahead[R], *end = w.blocks + (w.rows - 1) * w.row_stride + w.columns / type.size * type.bytes;
+    // Where a row may be read on into the next one: rows that lie apart end each for itself.
+    const int64_t row_bytes = w.columns / type.size * type.bytes;
+    const uint8_t *rows[R], *ahead[R], *end = w.blocks + (w.row_stride == row_bytes ? w.rows * row_bytes : 0);
     if (first < last) point(first, ahead);
     for (int64_t k = first; k < last; k += R) {
         std::memcpy(rows, ahead, sizeof rows);
