@@ -38,6 +38,7 @@ from pinfer.quality import (
     calibrate,
     deal,
 )
+from pinfer.quality.trials import Scores
 from pinfer.sparsify import exact_predictors, fitted_predictors, sparsify, transposed_down
 from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
 
@@ -259,6 +260,19 @@ def test_a_stride_scores_some_of_the_same_positions(tiny: Case) -> None:
         torch.testing.assert_close(one.kl[::3], other.kl, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(one.added[::3], other.added, rtol=1e-3, atol=1e-4)
     assert (some.tokens, some.scored) == (5 * 24, 5 * 8)
+
+
+def test_logits_a_few_at_a_time_score_the_same(tiny: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scores() -> list[Scores]:
+        with tiny.engine.computing():
+            passage = Passage(tiny.model, tiny.parts.search)
+            return Trials(tiny.model, tiny.predictors).scores(passage, [0.3] * 3)
+
+    whole, row_bytes = scores(), 4 * tiny.model.config.vocab_size
+    monkeypatch.setattr("pinfer.quality.trials.LOGIT_BYTES", 7 * row_bytes)
+    monkeypatch.setattr("pinfer.quality.trials.SOFTMAX_BYTES", 3 * row_bytes)
+    for one, other in zip(whole, scores(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
 def test_a_density_is_met(tiny: Case) -> None:

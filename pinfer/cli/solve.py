@@ -81,7 +81,7 @@ def solve_command(
     run_profile(job.engine, solved, job.text, profiled)
     predictors = job.predictors(solved)
     try:
-        found = make_calibration(job.engine, solved, predictors, job.parts, target, note)
+        found = make_calibration(job.engine, solved, predictors, job.plan, job.parts, target, note)
     except KeyboardInterrupt:
         note(f"{solved.path} keeps what is measured: the same command goes on from there")
         raise

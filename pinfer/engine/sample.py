@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from pinfer.engine.load import Engine
-from pinfer.engine.measure import dense_ffn, observe_layer, observed
+from pinfer.engine.measure import dense_ffn, observe_layer, observed, release_layer
 from pinfer.models import LayerWalk
 from pinfer.placement.accumulate import Magnitudes
 from pinfer.predictors.low_rank import spectrum, with_moments_of
@@ -85,5 +85,6 @@ def choose_ranks(
         observe_layer(engine, walk, found)
         density = found.density if sparsity is None else 1 - sparsity
         needs.append(LayerNeed(gate.rows, gate.columns, density, spectrum(gate, with_moments_of(found.inputs))))
+        release_layer(engine, layer)
         passed()
     return rank_under_budget(needs, budget_bytes, kind)

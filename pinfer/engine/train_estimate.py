@@ -28,7 +28,10 @@ from pinfer.engine.train import TrainSettings, plan_of
 from pinfer.kernels.norms import column_norms
 from pinfer.models import LayerWalk
 from pinfer.predictors.low_rank import RANK_MULTIPLE
-from pinfer.predictors.training import LayerTraining
+from pinfer.predictors.pair_source import PairSource
+from pinfer.predictors.ranks import factor_bytes
+from pinfer.predictors.training import LayerTraining, TrainingSettings
+from pinfer.quant import BY_NAME, QuantTensor
 
 MEASURED_STEPS = 3
 
@@ -73,40 +76,59 @@ def estimate_training(engine: Engine, sequences: Sequence[torch.Tensor], setting
     """Take some of the sequences int64 [T] through one layer and a few steps; nothing is written. ValueError as `train`."""
     settings.check(engine)
     plan = plan_of(engine, sequences, settings)
-    rank, n_layers = _usual_rank(engine, settings), engine.config.n_layers
+    n_layers = engine.config.n_layers
+    sizes = [layer_bytes(engine, layer) for layer in range(n_layers)]
     with engine.computing():
         walk = LayerWalk(engine.model, sequences)
         walk.step(0)  # the first use of every kernel
         release_layer(engine, 0)
-        number = walk.layer = min(1, n_layers - 1)
+        walk.layer = min(1, n_layers - 1)
         pairs, token_s = _sampled_pairs(engine, walk)
+    factors = dataclasses.replace(settings.factors, rank=_usual_rank(engine, settings))
+    spent = _Spent.on(pairs, dense_ffn(engine, walk.layer).gate, factors)
     residuals = sum(residual.nbytes for residual in walk.residuals)
-    factors = dataclasses.replace(settings.factors, rank=rank)
-    start_s, training = _timed(lambda: LayerTraining(pairs, dense_ffn(engine, number).gate, factors))
-    training.take_step()
-    step_s = statistics.median(_timed(training.take_step)[0] for _ in range(MEASURED_STEPS))
-    measure_s = _timed(training.measure)[0] * (plan.kept - plan.tokens) / pairs.validation_tokens
-    sizes = [layer_bytes(engine, layer) for layer in range(n_layers)]
-    collect_s = token_s * (plan.counted + len(sequences)) * statistics.fmean(sizes) / sizes[number]
+    collect_s = token_s * (plan.counted + len(sequences)) * statistics.fmean(sizes) / sizes[walk.layer]
     measurements = -(-factors.steps // factors.measure_every)
-    state = sum(tensor.nbytes for tensor in training.state().values())
-    written = 2 * plan.nbytes + residuals + measurements * state  # the files are read as well
-    layer_s = collect_s + start_s + factors.steps * step_s + (measurements + 1) * measure_s + written / DISK_BYTES_PER_S
-    chosen_s = start_s if settings.ffn_share is not None else 0.0  # a layer's spectrum takes about as long as its start
-    own = state // 4
+    written = 2 * plan.nbytes + residuals + measurements * spent.state_bytes  # the files are read as well
+    train_s = spent.start_s + factors.steps * spent.step_s
+    judge_s = (measurements + 1) * (plan.kept - plan.tokens) * spent.judge_token_s
+    layer_s = collect_s + train_s + judge_s + written / DISK_BYTES_PER_S
+    # A layer's spectrum, from which its rank is chosen, takes about as long as its start.
+    chosen_s = 0.0 if settings.ffn_share is None else spent.start_s
     peak = max(peak_rss_bytes() + min(plan.nbytes, RESIDENT_BYTES), rss_bytes() + 2 * residuals)
     return TrainingEstimate(
         tokens=sum(len(one) for one in sequences),
         kept_tokens=plan.kept,
         layers=n_layers,
-        rank=rank,
+        rank=factors.rank,
         collect_s=collect_s,
-        step_s=step_s,
+        step_s=spent.step_s,
         layer_s=layer_s,
         total_s=n_layers * (layer_s + chosen_s),
-        peak_rss_bytes=round(HEAP_GROWTH * (peak + max(sizes) - sizes[number] + n_layers * own)),
-        disk_bytes=plan.nbytes + 2 * residuals + 2 * state + n_layers * own,
+        peak_rss_bytes=round(HEAP_GROWTH * (peak + max(sizes) - sizes[walk.layer] + n_layers * spent.result_bytes)),
+        disk_bytes=plan.nbytes + 2 * (residuals + spent.state_bytes) + n_layers * spent.result_bytes,
     )
+
+
+@dataclass(frozen=True)
+class _Spent:
+    """What the start of a layer's training, a step and a token judged took, and what it keeps."""
+
+    start_s: float
+    step_s: float
+    judge_token_s: float
+    state_bytes: int
+    result_bytes: int
+
+    @classmethod
+    def on(cls, pairs: PairSource, gate: QuantTensor, settings: TrainingSettings) -> _Spent:
+        start_s, training = _timed(lambda: LayerTraining(pairs, gate, settings))
+        training.take_step()
+        step_s = statistics.median(_timed(training.take_step)[0] for _ in range(MEASURED_STEPS))
+        judge_s, _ = _timed(training.measure)
+        state = sum(tensor.nbytes for tensor in training.state().values())
+        result = factor_bytes(settings.rank, *gate.shape, BY_NAME[settings.weight_type]) + 4 * gate.rows
+        return cls(start_s, step_s, judge_s / pairs.validation_tokens, state, result)
 
 
 def _usual_rank(engine: Engine, settings: TrainSettings) -> int:

@@ -50,11 +50,17 @@ class Frontier:
         """The share of (token, neuron) pairs that are active."""
         return int(self._active.sum()) / max(1, self._pairs)
 
-    def at(self, over_prediction: float) -> Reach:
-        """The lowest cut that names no more than `over_prediction` neurons for each active one."""
+    def at(self, *over_predictions: float) -> tuple[Reach, ...]:
+        """For each, the lowest cut that names no more than so many neurons for each active one."""
         active = max(1, int(self._active.sum()))
         named, caught, share = (counts.flip(0).cumsum(0) for counts in (self._named, self._active, self._share))
-        last = int((named <= over_prediction * active).sum()) - 1  # bins from the top
-        if last < 0:
-            return Reach(0.0, 0.0, 0.0)
-        return Reach(int(named[last]) / active, int(caught[last]) / active, float(share[last]) / max(1, self._tokens))
+        found = []
+        for over_prediction in over_predictions:
+            within = int(torch.searchsorted(named, int(over_prediction * active), right=True))  # bins from the top
+            if not within:
+                found.append(Reach(0.0, 0.0, 0.0))
+                continue
+            last = within - 1
+            weighted = float(share[last]) / max(1, self._tokens)
+            found.append(Reach(int(named[last]) / active, int(caught[last]) / active, weighted))
+        return tuple(found)

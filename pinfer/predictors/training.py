@@ -59,8 +59,8 @@ class TrainingSettings:
     weight_type: str = "Q4_0"
     steps: int = 2000
     batch_tokens: int = 1024
-    learning_rate: float = 0.015
-    contribution_weight: float = 10.0
+    learning_rate: float = 0.03
+    contribution_weight: float = 30.0
     over_prediction: float = 1.3
     measure_every: int = 100
     patience: int = 5
@@ -264,7 +264,8 @@ class LayerTraining:
 
     def measure(self) -> None:
         """Judge the factors as they are, and keep them where they are the best so far."""
-        reached = self._frontier(self._weights).at(self._settings.over_prediction).weighted_recall
+        (reach,) = self._frontier(self._weights).at(self._settings.over_prediction)
+        reached = reach.weighted_recall
         if not self._curve or reached > max(value for _, value in self._curve):
             self._best = {name: weight.clone() for name, weight in self._weights.items()}
             self._best_step = self._step
@@ -276,11 +277,12 @@ class LayerTraining:
         """The best factors so far."""
         first, second = self._stored(self._best)
         frontier = self._frontier(self._best)
+        (reach,) = frontier.at(self._settings.over_prediction)
         figures = Figures(
             self._best_step,
             self._step,
-            frontier.at(self._settings.over_prediction),
-            tuple(frontier.at(named) for named in FRONTIER),
+            reach,
+            frontier.at(*FRONTIER),
             frontier.density,
             tuple(self._curve),
         )

@@ -13,31 +13,30 @@ so that -log q nats a token may be added. What is added is bounded from above tw
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any
 
 import torch
 
-from pinfer.ffn import DenseFFN
 from pinfer.kernels.registry import use_int8
 from pinfer.models import Transformer
 from pinfer.predictors import Predictor
 from pinfer.quality.allocate import Curve, allocate
 from pinfer.quality.ledger import Ledger, Measured
+from pinfer.quality.measurements import Measurements, Refit
 from pinfer.quality.target import LEAST_DENSITY, Target, Transfer, bound
-from pinfer.quality.trials import Loss, Passage, Trials
+from pinfer.quality.trials import Loss, Trials
 from pinfer.sparsify import LEAST_SEQUENCES, DownMaker, transposed_down
 
-Family = Literal["sensitivity", "uniform"]
-V = TypeVar("V")
-
+SENSITIVITY, UNIFORM = "sensitivity", "uniform"
 # Each layer is tried at densities whose odds d / (1 - d) are these powers of ODDS, counted from the
 # one nearest to the mean density in question, and whole: most tries serve other targets as well.
 ODDS, AROUND = 2.5, (-2, -1, 0, 1, 2)
 PROBES = 5  # uniform densities tried for the one to search around
 TRIALS = 6  # whole runs for a quality, of each allocation
 NEAR, AIM = 0.95, 0.975  # a bound within this share of what may be lost ends the search; what it heads for
+HALVINGS = 30  # of a range of densities, where nothing is run
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,10 @@ def calibrate(
     are left at most; `known` has those of an earlier call, by name, whatever its target but with the same
     other arguments: they are not made again, and the result is the same.
 
-    Figures: allocation (sensitivity or uniform, whichever has the lower KL at the mean density
-    reached); density, that mean; sensitivity and uniform, the `Loss` of both at that density; for a
-    quality also `allowed` nats, `bound`, `transfer`, `full`, the loss with every neuron computed, and whether
-    the sparsest allocation tried was enough; tries; tokens.
+    Figures: allocation, sensitivity or uniform, whichever has the lower KL at the density asked for, or
+    keeps the quality at the lower one; density, the mean; sensitivity and uniform, the `Loss` of both at
+    that density; tries; tokens; for a quality also `allowed` nats, `bound`, `transfer`, `full`, the loss
+    with every neuron computed, and whether the sparsest allocation tried was enough.
 
     ValueError for a model or predictors that cannot take it, and for a quality that even every neuron does not keep.
     """
@@ -87,88 +86,61 @@ def calibrate(
             raise ValueError(
                 f"calibration needs at least {LEAST_SEQUENCES} sequences to {name} on, not {len(sequences)}"
             )
-    trials = Trials(model, predictors, downs)
     with use_int8(False):
-        passages = Passage(model, search, _stride(model, 0.5)), Passage(model, validation, _stride(model, 1.0))
-        return _Search(trials, *passages, target, refit, Ledger(known or {}, measured)).run()
-
-
-def _stride(model: Transformer, share: float) -> int:
-    """Of how many positions one is scored, so that logits cost about such a share of what the FFNs do."""
-    return max(1, round(_weights(model.head) / (share * sum(_ffn_weights(model)))))
-
-
-def _ffn_weights(model: Transformer) -> list[int]:
-    ffns = (cast(DenseFFN, ffn) for ffn in model.ffns())
-    return [_weights(ffn.gate) * (2 if ffn.up is None else 3) for ffn in ffns]
-
-
-def _weights(matrix: Any) -> int:
-    return int(matrix.rows * matrix.columns)
-
-
-class Refit(NamedTuple):
-    """fit: makes predictors, one a layer, of sequences; sequences: those that the predictors in use were fitted on."""
-
-    fit: Callable[[Sequence[torch.Tensor]], Sequence[Predictor]]
-    sequences: Sequence[torch.Tensor]
+        trials, ledger = Trials(model, predictors, downs), Ledger(known or {}, measured)
+        return _Search(Measurements(trials, search, validation, ledger), target, refit).run()
 
 
 class _Search:
     """One calibration. `level` is a mean density throughout."""
 
-    def __init__(
-        self,
-        trials: Trials,
-        search: Passage,
-        validation: Passage,
-        target: Target,
-        refit: Refit | None,
-        ledger: Ledger,
-    ) -> None:
-        self._trials, self._search, self._validation = trials, search, validation
-        self._target, self._refit, self._ledger = target, refit, ledger
+    def __init__(self, measurements: Measurements, target: Target, refit: Refit | None) -> None:
+        self._measurements, self._target, self._refit = measurements, target, refit
+        self._n_layers = measurements.n_layers
         self._transfer = Transfer(1.0, 1.0)
+        self._tries: list[float] = []
         self._curves: list[Curve] = []
-        self._n_layers = trials.model.config.n_layers
 
     def run(self) -> Calibration:
-        target = self._target
-        self._ledger.ahead = self._work_ahead()
-        full = None if target.quality is None else self._full()
-        around = self._around() if target.density is None else target.density
-        tries = _tries(around)
-        if full is not None and self._refit is not None:
-            self._transfer = self._measure_transfer(self._refit, around)
-        self._curves = self._measure_layers(tries)
-        if full is None:
-            level, suffices = cast(float, target.density), False
-            family = self._better(level)
-        else:
-            family, level, suffices = self._least_level(full, tries[0])
-        asked = {name: value for name, value in asdict(target).items() if value is not None}
-        both = {name: asdict(self._loss(name, level)) for name in ("sensitivity", "uniform")}
-        figures = {"allocation": family, "density": level, **both, "tries": tries, "tokens": self._tokens()}
-        if full is not None:
-            reached = self._bound(family, level)
-            figures |= {
-                "allowed": target.allowed,
-                "bound": reached,
-                "transfer": asdict(self._transfer),
-                "full": asdict(full),
-                "sparsest_suffices": suffices,
-            }
-        return Calibration(self._densities(family, level), self._curves, {"target": asked} | figures)
-
-    def _tokens(self) -> dict[str, int]:
-        of = {"search": self._search, "validation": self._validation}
-        return {name: passage.tokens for name, passage in of.items()} | {
-            f"{name}_scored": passage.scored for name, passage in of.items()
+        self._measurements.plan(*self._whole_runs(), tries=len(AROUND) + 1)
+        if self._target.density is not None:
+            self._measure_layers(self._target.density)
+            return self._result(self._better(self._target.density), self._target.density, {})
+        full = self._full()
+        around = self._around()
+        if self._refit is not None:
+            self._transfer = self._measurements.transfer(self._refit, around)
+        self._measure_layers(around)
+        allocation, level = self._least_level()
+        quality = {
+            "allowed": self._target.allowed,
+            "bound": self._bound(allocation, level),
+            "transfer": asdict(self._transfer),
+            "full": asdict(full),
+            "sparsest_suffices": level <= self._tries[0],
         }
+        return self._result(allocation, level, quality)
+
+    def _whole_runs(self) -> tuple[int, int]:
+        """How many times at most the whole model is run over the search and the validation sequences."""
+        if self._target.density is not None:
+            return 0, 2
+        return PROBES, TRIALS + 2 + (0 if self._refit is None else 2)
+
+    def _result(self, allocation: str, level: float, others: dict[str, Any]) -> Calibration:
+        figures = {
+            "target": {name: value for name, value in asdict(self._target).items() if value is not None},
+            "allocation": allocation,
+            "density": level,
+            **{name: asdict(self._loss(name, level)) for name in (SENSITIVITY, UNIFORM)},
+            "tries": self._tries,
+            "tokens": self._measurements.tokens(),
+        }
+        return Calibration(self._densities(allocation, level), self._curves, figures | others)
 
     def _full(self) -> Loss:
         """With every neuron computed; ValueError if that is not good enough."""
-        full, target = self._loss("uniform", 1.0), self._target
+        full, target = self._loss(UNIFORM, 1.0), self._target
         if bound(full) <= target.allowed:
             return full
         raise ValueError(
@@ -182,127 +154,73 @@ class _Search:
         low, high = _log_odds(LEAST_DENSITY), -_log_odds(LEAST_DENSITY)
         for _ in range(PROBES):
             middle = (low + high) / 2
-            density = 1 / (1 + math.exp(-middle))
-            loss = self._measure("search", self._search, "uniform", density)
+            loss = self._measurements.whole("search", UNIFORM, [_density(middle)] * self._n_layers)
             low, high = (low, middle) if loss.kl <= self._target.allowed else (middle, high)
-        return 1 / (1 + math.exp(-(low + high) / 2))
+        return _density((low + high) / 2)
 
-    def _measure_transfer(self, refit: Refit, density: float) -> Transfer:
-        """At a uniform density, from predictors of either half of the sequences fitted on."""
+    def _measure_layers(self, around: float) -> None:
+        self._tries = _tries(around)
+        self._curves = self._measurements.curves(self._tries)
 
-        def of_half(number: int) -> list[float]:
-            predictors = refit.fit(_half(refit.sequences, number))
-            trials = self._trials.of(predictors)
-            scores = trials.scores(self._validation, [density] * self._n_layers)
-            return [
-                float(torch.cat([one.kl for one in _half(scores, half)]).double().mean())
-                for half in (number, 1 - number)
-            ]
+    def _least_level(self) -> tuple[str, float]:
+        """The allocation that keeps the quality at the lower mean density, and that."""
+        level = self._keeping(SENSITIVITY)
+        if self._better(level) == UNIFORM and (uniform := self._keeping(UNIFORM)) <= level:
+            return UNIFORM, uniform
+        return SENSITIVITY, level
 
-        names = [f"fitted on half {number} at {density!r}" for number in (0, 1)]
-        work = 2 * self._passage_work(self._validation, 1, self._n_layers)
-        found = self._ledger.find(names, work, lambda missing: [of_half(number) for number in missing])
-        return Transfer(*(sum(one) / 2 for one in zip(*found, strict=True)))
-
-    def _measure_layers(self, tries: list[float]) -> list[Curve]:
-        curves, walk = [], self._search.walk
-        for layer in range(self._n_layers):
-
-            def costs(missing: list[int], layer: int = layer) -> list[float]:
-                while walk.layer < layer:
-                    walk.advance()
-                return self._trials.layer(self._search, [tries[number] for number in missing])
-
-            names = [f"layer {layer} at {density!r}" for density in tries]
-            found = self._ledger.find(names, self._layer_work(layer), costs)
-            curves.append(Curve(tuple(tries), tuple(found)))
-        return curves
-
-    def _least_level(self, full: Loss, lowest: float) -> tuple[Family, float, bool]:
-        """The better family, the least mean density at which it keeps the quality, and whether that is the lowest."""
-        level = self._bisect("sensitivity", full, lowest)
-        family = self._better(level)
-        if family == "uniform":
-            level = min(level, self._bisect("uniform", full, lowest))
-        return family, level, level <= lowest
-
-    def _bisect(self, family: Family, full: Loss, lowest: float) -> float:
-        """The least level found whose bound is allowed.
+    def _keeping(self, allocation: str) -> float:
+        """The least level found whose bound is allowed; level 1 is known to be.
 
         What layers lose together is what they lose alone times a factor that changes little from level
-        to level: each trial tells it anew. ValueError never: level 1 is known to be allowed.
+        to level: each trial tells it anew.
         """
         allowed, accepted, rejected = self._target.allowed, 1.0, 0.0
-        factor = 1.0
+        factor, lowest = self._transfer.factor, self._tries[0]
         for _ in range(TRIALS):
-            level = self._level_of(family, AIM * allowed / factor, lowest)
+            level = self._level_of(allocation, AIM * allowed / factor)
             if not rejected < level < accepted:
                 level = (max(rejected, lowest) + accepted) / 2
-            reached = self._bound(family, level)
-            if reached <= allowed:
+            reached = self._bound(allocation, level)
+            if reached > allowed:
+                rejected = level
+            else:
                 accepted = level
                 if level <= lowest or reached >= NEAR * allowed:
                     break
-            else:
-                rejected = level
-            factor = max(reached, 1e-9) / self._expected(family, level)
+            factor = reached / self._expected(allocation, level)
         return accepted
 
-    def _level_of(self, family: Family, cost: float, lowest: float) -> float:
+    def _level_of(self, allocation: str, cost: float) -> float:
         """The level at which the layers' own costs add up to `cost`, by bisection."""
-        low, high = lowest, 1.0
-        if self._expected(family, low) <= cost:
+        low, high = self._tries[0], 1.0
+        if self._expected(allocation, low) <= cost:
             return low
-        for _ in range(30):
+        for _ in range(HALVINGS):
             middle = (low + high) / 2
-            low, high = (low, middle) if self._expected(family, middle) <= cost else (middle, high)
+            low, high = (low, middle) if self._expected(allocation, middle) <= cost else (middle, high)
         return high
 
-    def _expected(self, family: Family, level: float) -> float:
-        densities = self._densities(family, level)
+    def _expected(self, allocation: str, level: float) -> float:
+        densities = self._densities(allocation, level)
         return sum(curve.cost(density) for curve, density in zip(self._curves, densities, strict=True))
 
-    def _densities(self, family: Family, level: float) -> list[float]:
-        return allocate(self._curves, level) if family == "sensitivity" else [level] * self._n_layers
+    def _densities(self, allocation: str, level: float) -> list[float]:
+        return allocate(self._curves, level) if allocation == SENSITIVITY else [level] * self._n_layers
 
-    def _better(self, level: float) -> Family:
+    def _better(self, level: float) -> str:
         """Of the two allocations at one level, that with the lower KL."""
-        return "sensitivity" if self._loss("sensitivity", level).kl <= self._loss("uniform", level).kl else "uniform"
+        return min((SENSITIVITY, UNIFORM), key=lambda allocation: self._loss(allocation, level).kl)
 
-    def _loss(self, family: Family, level: float) -> Loss:
-        return self._measure("validation", self._validation, family, level)
-
-    def _bound(self, family: Family, level: float) -> float:
-        return bound(self._loss(family, level), self._transfer.factor)
-
-    def _measure(self, which: str, passage: Passage, family: Family, level: float) -> Loss:
-        densities = self._densities(family, level)
-        work = self._passage_work(passage, 1, self._n_layers)
-        name = f"{which}, {family} {level!r}"
-        found = self._ledger.find([name], work, lambda _: [asdict(self._trials.whole(passage, densities))])
-        return Loss(**found[0])
-
-    def _work_ahead(self) -> float:
-        layers = sum(map(self._layer_work, range(self._n_layers)))
-        search, validation = (
-            self._passage_work(passage, 1, self._n_layers) for passage in (self._search, self._validation)
+    def _loss(self, allocation: str, level: float) -> Loss:
+        # The curves follow from the tries, and they from the highest below 1.
+        name = (
+            UNIFORM if allocation == UNIFORM else f"{SENSITIVITY} by tries up to {max(self._tries[:-1], default=1.0)!r}"
         )
-        if self._target.quality is None:
-            return layers + 2 * validation
-        return layers + PROBES * search + (TRIALS + 2 + 2 * (self._refit is not None)) * validation
+        return self._measurements.whole("validation", name, self._densities(allocation, level))
 
-    def _layer_work(self, layer: int) -> float:
-        return self._passage_work(self._search, len(AROUND) + 1, self._n_layers - layer)
-
-    def _passage_work(self, passage: Passage, tries: int, layers: int) -> float:
-        model = passage.model
-        blocks = sum(_ffn_weights(model)[-layers:])
-        return tries * passage.tokens * blocks + (tries + 1) * passage.scored * _weights(model.head)
-
-
-def _half(sequences: Sequence[V], number: int) -> Sequence[V]:
-    middle = len(sequences) // 2
-    return sequences[:middle] if number == 0 else sequences[middle:]
+    def _bound(self, allocation: str, level: float) -> float:
+        return bound(self._loss(allocation, level), self._transfer.factor)
 
 
 def _tries(density: float) -> list[float]:
@@ -310,9 +228,13 @@ def _tries(density: float) -> list[float]:
     if density == 1:
         return [1.0]
     power = round(_log_odds(density) / math.log(ODDS))
-    odds = (ODDS ** (power + step) for step in AROUND)
-    return [*sorted({max(LEAST_DENSITY, one / (1 + one)) for one in odds}), 1.0]
+    around = (_density((power + step) * math.log(ODDS)) for step in AROUND)
+    return [*sorted({max(LEAST_DENSITY, one) for one in around}), 1.0]
 
 
 def _log_odds(density: float) -> float:
     return math.log(density / (1 - density))
+
+
+def _density(log_odds: float) -> float:
+    return 1 / (1 + math.exp(-log_odds))

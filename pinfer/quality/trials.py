@@ -18,12 +18,13 @@ import torch
 from pinfer.ffn import DenseFFN, SparseFFN
 from pinfer.models import LayerWalk, Transformer
 from pinfer.predictors import Predictor
+from pinfer.quality.compare import LOGIT_BYTES
 from pinfer.quality.losses import Estimate, over_windows
 from pinfer.sparsify import DownMaker, fitted_predictors, sparsify, transposed_down
 
-# Of one run's logits at a time: 8 positions of Gemma's 262,144 tokens. A quarter of the time that
-# buffers of 64 MB take, which the system maps anew at each use.
-LOGIT_BYTES = 8 << 20
+# Softmaxes are made of 8 positions of Gemma's 262,144 tokens at a time: buffers of 64 MB, which the system
+# maps anew at each use, take four times as long. Logits are made of 64, for which a matrix is unpacked once.
+SOFTMAX_BYTES = 8 << 20
 
 
 class Scores(NamedTuple):
@@ -95,16 +96,17 @@ class Passage:
     def _distances(
         self, dense: torch.Tensor, trials: Sequence[torch.Tensor], targets: torch.Tensor
     ) -> Iterator[Scores]:
-        step = max(1, LOGIT_BYTES // (4 * self.model.head.rows))
+        row_bytes = 4 * self.model.head.rows
+        step, few = (max(1, size // row_bytes) for size in (LOGIT_BYTES, SOFTMAX_BYTES))
         pieces: list[list[Scores]] = [[] for _ in trials]
         for at in range(0, len(targets), step):
-            part = slice(at, at + step)
-            log_p, here = self.model.logits(dense[part]).log_softmax(-1), targets[part, None]
-            p = log_p.exp()
+            part, here = slice(at, at + step), targets[at : at + step, None].split(few)
+            log_p = [logits.log_softmax(-1) for logits in self.model.logits(dense[part]).split(few)]
             for trial, of_trial in zip(trials, pieces, strict=True):
-                log_q = self.model.logits(trial[part]).log_softmax(-1)
-                added = (log_p.gather(1, here) - log_q.gather(1, here))[:, 0]
-                of_trial.append(Scores((p * (log_p - log_q)).sum(-1), added))
+                for p, logits, target in zip(log_p, self.model.logits(trial[part]).split(few), here, strict=True):
+                    q = logits.log_softmax(-1)
+                    added = (p.gather(1, target) - q.gather(1, target))[:, 0]
+                    of_trial.append(Scores((p.exp() * (p - q)).sum(-1), added))
         for of_trial in pieces:
             yield Scores(*map(torch.cat, zip(*of_trial, strict=True)))
 

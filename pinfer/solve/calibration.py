@@ -11,14 +11,16 @@ from typing import Any
 import torch
 
 from pinfer.engine import Engine
-from pinfer.engine.fitting import CALIBRATE
+from pinfer.engine.fitting import CALIBRATE, fit_predictors
 from pinfer.engine.prepared import Prepared
 from pinfer.engine.solved import CALIBRATION, PREDICTOR, Solved
 from pinfer.engine.text import walk_settings
 from pinfer.files import write_atomically
 from pinfer.predictors import Predictor
 from pinfer.quality import Target, calibrate
+from pinfer.quality.measurements import Refit
 from pinfer.solve.parts import Parts
+from pinfer.solve.predictors import PredictorPlan
 
 MEASURED = "calibrate-checkpoint.json"
 
@@ -27,11 +29,15 @@ def make_calibration(
     engine: Engine,
     solved: Solved,
     predictors: Sequence[Predictor],
+    plan: PredictorPlan,
     parts: Parts,
     target: Target,
     tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Densities for the directory's predictors, and the figures reached; a calibration that is there already stays.
+
+    Predictors that are fitted, not trained, are fitted anew on halves of their text, to learn what unseen
+    kinds of text cost (see `calibrate`).
 
     Measurements are kept as they are made, so that an interrupted run goes on, and another target for the
     same predictors and text measures only what is new. ValueError as `calibrate`, and while another process
@@ -56,6 +62,7 @@ def make_calibration(
                 parts.validation,
                 target,
                 prepared.downs(),
+                _refit(engine, plan, parts),
                 known=ledger.known,
                 measured=ledger.keep,
             )
@@ -69,6 +76,11 @@ def make_calibration(
             made_from=(PREDICTOR,),
         )
     return solved.stages[CALIBRATE].figures
+
+
+def _refit(engine: Engine, plan: PredictorPlan, parts: Parts) -> Refit | None:
+    how = plan.fit
+    return None if how is None else Refit(lambda sequences: fit_predictors(engine.model, how, sequences), parts.fit)
 
 
 def _of(engine: Engine, parts: Parts, name: str) -> dict[str, Any]:

@@ -317,18 +317,23 @@ inline void pack(const float* x, int64_t columns, int64_t first, int64_t last, u
 // All read `ahead`, the rows of the next call, into the cache line by line as they go through theirs:
 // gathered rows are pages apart, where the hardware's own prefetching stops.
 
+// A row may end within a chunk, as a predictor's short rows do. Its last chunk is then read on into what
+// follows it, with scales of 0, as long as that lies before `end`, where the matrix ends: padding it first
+// cost such a row three times its dot, for loads across fresh stores.
 template <class Type, int R>
 inline void dot_scaled(const uint8_t* const* rows, const uint8_t* const* ahead, int64_t columns, const uint8_t* packed,
-                       float* out) {
+                       const uint8_t* end, float* out) {
     using Layout = Scaled<Type>;
     constexpr int64_t STEP = Layout::BLOCKS * Type::BLOCK_BYTES;
     const int64_t blocks = columns / 32, chunks = blocks / Layout::BLOCKS;
     const auto* x = reinterpret_cast<const ScaledPack<Type>*>(packed);
     F32 total[R] = {};
-    auto add = [&](const uint8_t* p, const ScaledPack<Type>& c, F32& sum) {
+    auto add = [&](const uint8_t* p, const ScaledPack<Type>& c, I32 keep, F32& sum) {
         U8 q[Layout::QUANTS];
         F32 d, m;
         Layout::load(p, q, d, m);
+        d = (F32)((I32)d & keep);
+        if constexpr (Type::HAS_MIN) m = (F32)((I32)m & keep);
         I32 dot = {};
         for (int v = 0; v < Layout::QUANTS; ++v) dot = dot4(dot, q[v], c.q[v]);
         if constexpr (Type::HAS_MIN) {
@@ -343,17 +348,25 @@ inline void dot_scaled(const uint8_t* const* rows, const uint8_t* const* ahead, 
     for (int64_t c = 0; c < chunks; ++c) {
         for (int r = 0; r < R; ++r) {
             prefetch(ahead[r] + c * STEP);
-            add(rows[r] + c * STEP, x[c], total[r]);
+            add(rows[r] + c * STEP, x[c], ~I32{}, total[r]);
         }
     }
-    if (const int64_t rest = blocks % Layout::BLOCKS) {  // padded with blocks of scale 0
+    if (const int64_t rest = blocks % Layout::BLOCKS) {
+        constexpr int64_t SPAN = STEP < 64 ? 64 : STEP;
+        I32 keep;
+        for (int lane = 0; lane < LANES; ++lane) keep[lane] = lane * Layout::BLOCKS / LANES < rest ? -1 : 0;
         for (int r = 0; r < R; ++r) {
-            uint8_t padded[STEP < 64 ? 64 : STEP] = {};
-            std::memcpy(padded, rows[r] + chunks * STEP, size_t(rest * Type::BLOCK_BYTES));
-            add(padded, x[chunks], total[r]);
+            const uint8_t* p = rows[r] + chunks * STEP;
+            if (end - p >= SPAN) {
+                add(p, x[chunks], keep, total[r]);
+            } else {
+                uint8_t padded[SPAN] = {};
+                std::memcpy(padded, p, size_t(rest * Type::BLOCK_BYTES));
+                add(padded, x[chunks], keep, total[r]);
+            }
         }
     }
-    for (int r = 0; r < R; ++r) out[r] = sum(total[r]);
+    sums<R>(total, out);
 }
 
 // A group's scale in the four lanes of each of its pieces, for vector v of a block.
@@ -406,14 +419,15 @@ inline void dot_integral(const uint8_t* const* rows, const uint8_t* const* ahead
             taken[r] += pair_sums(mn, x[c].sums) * (dmin * x[c].d);
         }
     }
-    for (int r = 0; r < R; ++r) out[r] = sum(total[r]) - sum8(taken[r]);
+    sums<R>(total, out);
+    for (int r = 0; r < R; ++r) out[r] -= sum8(taken[r]);
 }
 
 template <class Type, int R>
 inline void dot_packed(const uint8_t* const* rows, const uint8_t* const* ahead, int64_t columns, const uint8_t* packed,
-                       float* out) {
+                       const uint8_t* end, float* out) {
     if constexpr (IS_K<Type>) dot_integral<Type, R>(rows, ahead, columns, packed, out);
-    else dot_scaled<Type, R>(rows, ahead, columns, packed, out);
+    else dot_scaled<Type, R>(rows, ahead, columns, packed, end, out);
 }
 
 // Float activations: types of one weight a block as they are, others unpacked 256 at a time.
@@ -450,7 +464,10 @@ inline void dot_float(const uint8_t* const* rows, const uint8_t* const* ahead, i
                 [&](int r, int64_t i) { return weights[r][i]; }, at, count);
         }
     }
-    for (int r = 0; r < R; ++r) out[r] = sum(total[r][0] + total[r][1]) + rest[r];
+    F32 both[R];
+    for (int r = 0; r < R; ++r) both[r] = total[r][0] + total[r][1];
+    sums<R>(both, out);
+    for (int r = 0; r < R; ++r) out[r] += rest[r];
 }
 
 }  // namespace PINFER_NAMESPACE

@@ -70,14 +70,16 @@ inline void dot_rows(const pinfer_matrix& w, const Inputs& in, int64_t first, in
     const auto point = [&](int64_t k, const uint8_t** rows) {
         for (int r = 0; r < R; ++r) rows[r] = w.blocks + index(smaller(k + r, last - 1)) * w.row_stride;
     };
-    const uint8_t *rows[R], *ahead[R];
+    // Where a row may be read on into the next one: rows that lie apart end each for itself.
+    const int64_t row_bytes = w.columns / type.size * type.bytes;
+    const uint8_t *rows[R], *ahead[R], *end = w.blocks + (w.row_stride == row_bytes ? w.rows * row_bytes : 0);
     if (first < last) point(first, ahead);
     for (int64_t k = first; k < last; k += R) {
         std::memcpy(rows, ahead, sizeof rows);
         if (k + R < last) point(k + R, ahead);
         for (int64_t t = 0; t < in.tokens; ++t) {
             float dots[R];
-            if (in.packed) type.dot_packed(rows, ahead, w.columns, in.packed + t * stride, dots);
+            if (in.packed) type.dot_packed(rows, ahead, w.columns, in.packed + t * stride, end, dots);
             else type.dot_float(rows, ahead, w.columns, in.x + t * w.columns, dots);
             for (int r = 0; r < R && k + r < last; ++r) visit(k + r, t, dots[r]);
         }

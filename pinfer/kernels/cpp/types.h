@@ -23,7 +23,7 @@ struct Type {
     int64_t (*pack_bytes)(int64_t columns);
     void (*pack)(const float* x, int64_t columns, int64_t first, int64_t last, uint8_t* out);
     void (*dot_packed)(const uint8_t* const* rows, const uint8_t* const* ahead, int64_t columns, const uint8_t* packed,
-                       float* out);
+                       const uint8_t* end, float* out);
     void (*gemm)(Team& team, const pinfer_matmul_arguments& arguments);
 };
 

@@ -67,6 +67,24 @@ inline float sum(F32 v) {
 }
 inline float sum8(F8 v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
 
+// The sums of COUNT vectors, each as `sum` adds it: four at a time they share their additions.
+template <int COUNT>
+inline void sums(const F32* v, float* out) {
+#if PINFER_LEVEL == 512
+    if constexpr (COUNT == 4) {
+        __m128 quarter[4];
+        for (int r = 0; r < 4; ++r) {
+            const F8 half = F8((__m256)_mm512_castps512_ps256((__m512)v[r])) + F8(_mm512_extractf32x8_ps((__m512)v[r], 1));
+            quarter[r] = _mm_add_ps(_mm256_castps256_ps128((__m256)half), _mm256_extractf128_ps((__m256)half, 1));
+        }
+        const __m128 first = _mm_hadd_ps(quarter[0], quarter[1]), then = _mm_hadd_ps(quarter[2], quarter[3]);
+        _mm_storeu_ps(out, _mm_hadd_ps(first, then));
+        return;
+    }
+#endif
+    for (int r = 0; r < COUNT; ++r) out[r] = sum(v[r]);
+}
+
 // Whether a comparison holds in any lane.
 inline bool any(I32 held) {
 #if PINFER_LEVEL == 512
