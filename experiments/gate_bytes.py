@@ -53,7 +53,7 @@ class Variant:
     copy:    bits and group of the gate's copy; None: the gate itself.
     exact:   whether kept neurons' own gate rows are read; else what ranked them is their gate value.
     skipped: share of inputs that ranking leaves out, the smallest |x_j| ‖G_:,j‖, the mean of what they add put back.
-    small_m: M in four bits with error feedback; else in Q8_0.
+    small_m: M in four bits with error feedback; else in Q8_0 by plain rounding, as shift_threshold had it then.
     refit:   M fitted as well to what the rest leaves over, by ridge regression on the calibration inputs.
     small_down: down's rows in Q5_0, else as the sparse path stores them.
     norms:   rank by |act(g) - c| · E|u| · ‖d‖; else without ‖d‖, as shift_threshold does.

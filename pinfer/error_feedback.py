@@ -45,13 +45,15 @@ def error_feedback(weights: torch.Tensor, moment: torch.Tensor, kind: QuantType)
     """`weights` float32 [N, D] in blocks of `kind`, Q4_0 or Q5_0, for inputs whose second moment is `moment`.
 
     moment: float32 [D, D], E[x xᵀ] of inputs x; it may have any rank, as it is damped. Beside the result it takes a few
-    matrices [D, D] and some of CHUNK_WEIGHTS floats. ValueError for another type, for columns that fill no whole
-    blocks, for a moment of another shape or that is none, and for what is not finite or exceeds 65504.
+    matrices [D, D] and some of CHUNK_WEIGHTS floats. ValueError for another type, dtype or shape, for columns that
+    fill no whole blocks, for a moment that cannot be one, and for what is not finite or exceeds 65504.
     """
+    if weights.dtype != torch.float32 or weights.dim() != 2:
+        raise ValueError(f"expected float32 [rows, columns], not {weights.dtype} {list(weights.shape)}")
     if kind not in GRIDS:
         raise ValueError(f"error feedback rounds to {' or '.join(map(str, GRIDS))}, not to {kind}")
     kind.row_bytes(weights.shape[1])
-    if not float(weights.abs().amax()) <= FP16_MAX:  # so that NaN fails
+    if not bool((weights.abs() <= FP16_MAX).all()):  # so that NaN fails
         raise ValueError(f"a weight is not finite or too large for {kind}")
     levels, scales = levels_and_scales(weights, moment, kind.block_size, GRIDS[kind])
     return pack_levels(levels, scales, kind)

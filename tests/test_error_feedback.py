@@ -110,6 +110,8 @@ def test_what_cannot_be_rounded_is_refused() -> None:
         error_feedback(WEIGHTS, MOMENT[1:, 1:], Q4_0)
     with pytest.raises(ValueError, match="not positive"):
         error_feedback(WEIGHTS, MOMENT - 2 * MOMENT.diagonal().mean() * torch.eye(WIDTH), Q4_0)
+    with pytest.raises(ValueError, match="expected float32"):
+        error_feedback(WEIGHTS.double(), MOMENT, Q4_0)
     with pytest.raises(ValueError, match="to Q4_0 or Q5_0, not to Q8_0"):
         error_feedback(WEIGHTS, MOMENT, Q8_0)
     with pytest.raises(ValueError, match="95 columns"):

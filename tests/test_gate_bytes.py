@@ -9,10 +9,12 @@ from experiments.error_feedback import grid, rounded
 from experiments.gate_bytes import Layer, ScreenedFFN, Variant
 from pinfer.ffn import DenseFFN, FFNWeights, SparseFFN
 from pinfer.predictors import FFNMatrices, fit_weighted_threshold
-from pinfer.quant import QuantTensor
+from pinfer.quant import Q8_0, QuantTensor
+from pinfer.quantize import quantize
 from pinfer.sparsify import transposed_down
 
 WIDTH, NEURONS = 64, 160
+PLAIN = {"small_m": False, "refit": False, "norms": False}
 
 
 class Example:
@@ -47,9 +49,11 @@ def test_with_a_precise_copy_it_is_shift_threshold(example: Example, choices: di
         FFNMatrices(ffn.gate, ffn.up, ffn.down, "silu"), example.calibration, shifted=True
     )
     down = transposed_down(0, ffn)[0]
-    shipped = SparseFFN(FFNWeights(ffn.gate, ffn.up, down), predictor.at_density(0.4), "silu")
+    predictor = predictor.at_density(0.4)
+    predictor.compensation = quantize(example.layer.matrix, Q8_0)
+    shipped = SparseFFN(FFNWeights(ffn.gate, ffn.up, down), predictor, "silu")
     expected = shipped(example.x, example.x)
-    result = example.run(example.x, 0.6, refit=False, **choices)
+    result = example.run(example.x, 0.6, **PLAIN, **choices)
     assert float((result - expected).norm() / expected.norm()) < (0.01 if "copy" in choices else 1e-4)
 
 

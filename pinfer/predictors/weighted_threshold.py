@@ -1,7 +1,7 @@
 """weighted_threshold and shift_threshold: the gate alone, ranked by what a neuron is likely to add.
 
-CATS ranks neurons by |act(g · x)|, though what neuron i adds is act(g_i · x) (u_i · x) d_i, and E|u_i · x| · ‖d_i‖
-differs from neuron to neuron. `weighted_threshold` ranks by |act(g_i · x)| · E|u_i · x| · ‖d_i‖.
+CATS ranks neurons by |act(g · x)|, though what neuron i adds is act(g_i · x) (u_i · x) d_i, and E|u_i · x|
+differs from neuron to neuron. `weighted_threshold` ranks by |act(g_i · x)| · E|u_i · x|.
 
 `shift_threshold` first takes away what needs no choice. SiLU and GELU dip below zero, and most gates lie
 in the dip: act(g_i · x) is near a constant c_i of its own. So
@@ -9,8 +9,9 @@ in the dip: act(g_i · x) is near a constant c_i of its own. So
     y = Σ over all i of c_i (u_i · x) d_i  +  Σ over kept i of (act(g_i · x) - c_i) (u_i · x) d_i
 
 and the first sum is a matrix, M = Σ c_i d_i u_iᵀ, of D × D however many neurons there are. Neurons are
-ranked by |act(g_i · x) - c_i| · E|u_i · x| · ‖d_i‖. M is kept in Q5_0, rounded so that M·x changes least for
-the inputs of the calibration text (`pinfer.error_feedback`). With every neuron kept it is the dense FFN but for that.
+ranked by |act(g_i · x) - c_i| · E|u_i · x|: ‖d_i‖ as a further factor lost on Gemma (experiments/LOG.md). M is kept
+in Q5_0, rounded so that M·x changes least for the inputs of the calibration text (`pinfer.error_feedback`). With
+every neuron kept it is the dense FFN but for that.
 
 Both cut at a quantile over a calibration text, so what is reached elsewhere is near the sparsity asked
 for and not equal to it. Nothing is trained. A sequence's first token is computed whole: its activations
@@ -26,7 +27,6 @@ import torch
 
 from pinfer.error_feedback import error_feedback
 from pinfer.kernels.activation import CLAMPS_UP, activate
-from pinfer.kernels.norms import column_norms
 from pinfer.kernels.ops import dequantize, quant_matmul, threshold_matmul
 from pinfer.predictors.base import Prediction, Predictor
 from pinfer.predictors.cuts import KEPT_VALUES, Cuts
@@ -92,13 +92,13 @@ def fit_weighted_threshold(ffn: FFNMatrices, x: torch.Tensor, *, shifted: bool) 
         raise ValueError(f"shift_threshold needs up products as they are; {ffn.activation} clamps them")
     if not bool(x.isfinite().all()):
         raise ValueError("an FFN's inputs are not finite: the weights are damaged")
-    centers, weights, sizes, norms = [], [], [], column_norms(ffn.down)
+    centers, weights, sizes = [], [], []
     for part in _chunks(ffn.gate, x.shape[0]):
         values = activate(ffn.activation, quant_matmul(x, ffn.gate[part]))  # [T, n]
         centers.append(values.median(dim=0).values if shifted else torch.zeros_like(values[0]))
         up = quant_matmul(x, ffn.up[part])
         counts = up.clamp_min(0) if ffn.activation in CLAMPS_UP else up.abs()
-        weights.append((counts.mean(dim=0) * norms[part]).clamp_min(1e-20))
+        weights.append(counts.mean(dim=0).clamp_min(1e-20))
         sizes.append(((values - centers[-1]).abs() * weights[-1])[_sample(x.shape[0], ffn.gate.rows)])
     center, scale = torch.cat(centers), 1 / torch.cat(weights)
     cuts = Cuts.of(torch.cat(sizes, dim=1), scale.new_zeros(1), scale)
