@@ -16,6 +16,7 @@ from pinfer.engine import load_engine
 from pinfer.engine.fitting import CALIBRATE, STAGE
 from pinfer.engine.manifest import MANIFEST
 from pinfer.engine.solved import ACTIVATIONS, CALIBRATION, PREDICTOR, Solved
+from pinfer.formats.gguf import GGUFFile
 from pinfer.solve import calibration as calibration_stage
 from pinfer.sparsify import density
 from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
@@ -139,6 +140,29 @@ def test_sign_bits_are_fitted_to_a_recall(tmp_path: Path, text: str, capsys: pyt
     assert cli(["train", *given, "--recall", "0.9", "--json"]) == OK
     found = last_json(capsys)
     assert [one["recall"] for one in found["quality"]] == pytest.approx([0.9, 0.9], abs=0.08)
+
+
+@pytest.mark.parametrize("method", ["sign_bits", "low_rank"])
+def test_the_table_says_what_its_titles_say_of_a_layer_where_nothing_fires_too(
+    tmp_path: Path, text: str, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_tiny_llama(tmp_path / "m.gguf")
+    gate = GGUFFile.open(model).tensor("blk.1.ffn_gate.weight").blocks
+    model.write_bytes(model.read_bytes().replace(gate.numpy().tobytes(), bytes(gate.numel() * gate.element_size())))
+    given = ["-m", str(model), "-o", str(tmp_path / "solved"), "--text", text, "--method", method]
+    given += QUICK if method == "low_rank" else QUICK[:2]
+    assert cli(["train", *given]) == OK
+    lines = capsys.readouterr().out.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.split()[:1] == ["layer"])
+    titles = lines[at].replace("at ", "").split()  # on one line of 80 columns
+    assert cli(["train", *given, "--json"]) == OK
+    qualities = last_json(capsys)["quality"]
+    assert qualities[1]["active"] == 0 < qualities[0]["active"]
+    assert qualities[1]["recall"] == 1  # as PredictorQuality has it
+    for layer, quality in enumerate(qualities):
+        cells = dict(zip(titles, lines[at + 2 + layer].split(), strict=True))
+        for title, name in (("active", "active"), ("named", "density"), ("recall", "recall")):
+            assert float(cells[title]) == pytest.approx(100 * quality[name], abs=0.051)
 
 
 def test_an_interrupted_calibration_goes_on_to_the_same_end(
