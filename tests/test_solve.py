@@ -206,6 +206,32 @@ def test_an_interrupted_calibration_goes_on_to_the_same_end(
     assert one[MANIFEST] == other[MANIFEST]
 
 
+def test_predictors_of_another_activation_do_not_run(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, directory = str(write_tiny_llama(tmp_path / "m.gguf")), str(tmp_path / "solved")
+    given = ["-m", model, "--activation", "silu"]
+    assert cli(["train", *given, "-o", directory, "--text", text, "--tokens", "4200"]) == OK
+    run = ["-p", "the", "-n", "2", "--predictor-path", directory, "--sparsity", "0.5"]
+    assert cli(["generate", *given, *run]) == OK
+    for command in (["generate", *run], ["bench", "-p", "8", *run[4:]], ["eval", "-f", text, *run[4:]]):
+        capsys.readouterr()
+        assert cli([*command, "-m", model]) == BAD_INPUT
+        assert "for activation silu, and the model runs with relu" in capsys.readouterr().err
+
+
+def test_a_run_tells_of_the_recall_that_its_predictors_were_fitted_to(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(write_tiny_llama(tmp_path / "m.gguf"))
+    asked = (("sign_bits", ["--recall", "0.9"], "(asked 90 %, worst"), ("low_rank", QUICK[2:], "(worst layer"))
+    for method, more, said in asked:
+        directory = str(tmp_path / method)
+        given = ["-m", model, "-o", directory, "--text", text, "--tokens", "4200", "--method", method]
+        assert cli(["train", *given, *more]) == OK
+        assert any(said in note for note in load_engine(RunConfig(model=model, predictor_path=directory)).notes)
+
+
 def test_a_dry_run_says_what_each_stage_takes_and_writes_nothing(
     tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
