@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from pinfer.cli import train as cli_train
 from pinfer.cli.main import BAD_INPUT, INTERRUPTED, OK
 from pinfer.cli.main import run as cli
 from pinfer.config import RunConfig
@@ -204,6 +205,48 @@ def test_an_interrupted_calibration_goes_on_to_the_same_end(
     one, other = content(str(tmp_path / "whole")), content(str(tmp_path / "cut"))
     assert one[CALIBRATION] == other[CALIBRATION]
     assert one[MANIFEST] == other[MANIFEST]
+
+
+def test_measurements_that_are_damaged_are_made_again(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, directory = str(write_tiny_llama(tmp_path / "m.gguf")), tmp_path / "solved"
+    given = ["solve", "-m", model, "-o", str(directory), "--text", text, "--tokens", "4200"]
+    given += ["--method", "gate_threshold", "--density"]
+    assert cli([*given, "0.5"]) == OK
+    whole = (directory / calibration_stage.MEASURED).read_bytes()
+    figures = Solved.open(directory).stages[CALIBRATE].figures
+    capsys.readouterr()
+    for damage in ("a digit", "its half", "no object"):
+        changed = json.loads(whole)
+        name = next(name for name in changed["measured"] if name.startswith("layer 0"))
+        changed["measured"][name] = 7.0
+        contents = {"a digit": json.dumps(changed).encode(), "its half": whole[: len(whole) // 2], "no object": b"[]"}
+        assert cli([*given, "0.4"]) == OK  # another target, so that it is calibrated again
+        (directory / calibration_stage.MEASURED).write_bytes(contents[damage])
+        capsys.readouterr()
+        assert cli([*given, "0.5"]) == OK
+        assert "measured anew" in capsys.readouterr().err, damage
+        assert Solved.open(directory).stages[CALIBRATE].figures == figures
+
+
+def test_predictors_that_another_process_replaced_are_not_calibrated(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, directory = str(write_tiny_llama(tmp_path / "m.gguf")), str(tmp_path / "solved")
+    given = ["-m", model, "-o", directory, "--text", text, "--tokens", "4200", "--method"]
+    made = cli_train.make_predictors
+
+    def then_another(*arguments: Any) -> Any:
+        found = made(*arguments)
+        monkeypatch.setattr(cli_train, "make_predictors", made)
+        assert cli(["train", *given, "sign_bits"]) == OK
+        return found
+
+    monkeypatch.setattr(cli_train, "make_predictors", then_another)
+    assert cli(["solve", *given, "gate_threshold", "--density", "0.5"]) == BAD_INPUT
+    assert "replaced its predictors" in capsys.readouterr().err
+    assert CALIBRATE not in Solved.open(directory).stages
 
 
 def test_predictors_of_another_activation_do_not_run(
