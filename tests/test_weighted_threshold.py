@@ -19,7 +19,7 @@ from pinfer.kernels.dequantize.reference import dequantize
 from pinfer.models import KVCache
 from pinfer.predictors import FFNMatrices, Predictor, WeightedThreshold, fit_gate_threshold, fit_weighted_threshold
 from pinfer.predictors.weighted_threshold import compensation_of
-from pinfer.quant import F16, Q4_0, QuantTensor
+from pinfer.quant import F16, Q5_0, QuantTensor
 from tests.gguf_files import write_tiny_gemma3
 
 WIDTH, NEURONS = 64, 160
@@ -80,8 +80,8 @@ def test_the_compensation_is_the_sum_of_constant_parts(monkeypatch: pytest.Monke
     x = layer.calibration
     expected = layer.down @ (center[:, None] * layer.up)
     whole = dequantize(compensation_of(layer.ffn, center, x))
-    assert error(x @ whole.T, x.double() @ expected.double().T) < 0.1  # its rounding to four bits
-    assert torch.equal(whole, dequantize(error_feedback(expected, x.T @ x / len(x), Q4_0)))
+    assert error(x @ whole.T, x.double() @ expected.double().T) < 0.05  # its rounding to five bits
+    assert torch.equal(whole, dequantize(error_feedback(expected, x.T @ x / len(x), Q5_0)))
     monkeypatch.setattr("pinfer.predictors.weighted_threshold.CHUNK_BYTES", 4 * 7 * NEURONS)
     pieced = dequantize(compensation_of(layer.ffn, center, x))
     assert error(x @ pieced.T, x.double() @ whole.double().T) < 0.02
@@ -132,7 +132,7 @@ def test_with_every_neuron_kept_it_is_the_dense_ffn() -> None:
     rounding = x.double() @ (dequantize(predictor.compensation).double() - exact).T
     assert error(plain(x, x), layer.dense(x)) < 1e-5
     assert error(shifted(x, x), layer.dense(x) + rounding) < 1e-5
-    assert float(rounding.norm() / layer.dense(x).norm()) < 0.1  # of uncorrelated inputs, the worst there are
+    assert float(rounding.norm() / layer.dense(x).norm()) < 0.06  # of uncorrelated inputs, the worst there are
     assert plain.activity.density == shifted.activity.density == 1
 
 
@@ -187,7 +187,7 @@ def test_a_model_runs_by_it(tmp_path: Path, method: str, cold_fraction: float) -
     assert not torch.allclose(logits[1:], expected[1:], atol=1e-4)
     assert 0.3 < S.density(engine.model) < 0.75
     config = engine.config
-    matrix = Q4_0.row_bytes(config.d_model) * config.d_model if config.d_model % 32 == 0 else 2 * config.d_model**2
+    matrix = Q5_0.row_bytes(config.d_model) * config.d_model if config.d_model % 32 == 0 else 2 * config.d_model**2
     assert S.predictor_bytes(engine.model) == (config.n_layers * matrix if method == "shift_threshold" else 0)
 
 

@@ -9,7 +9,7 @@ in the dip: act(g_i · x) is near a constant c_i of its own. So
     y = Σ over all i of c_i (u_i · x) d_i  +  Σ over kept i of (act(g_i · x) - c_i) (u_i · x) d_i
 
 and the first sum is a matrix, M = Σ c_i d_i u_iᵀ, of D × D however many neurons there are. Neurons are
-ranked by |act(g_i · x) - c_i| · E|u_i · x| · ‖d_i‖. M is kept in four bits, rounded so that M·x changes least for
+ranked by |act(g_i · x) - c_i| · E|u_i · x| · ‖d_i‖. M is kept in Q5_0, rounded so that M·x changes least for
 the inputs of the calibration text (`pinfer.error_feedback`). With every neuron kept it is the dense FFN but for that.
 
 Both cut at a quantile over a calibration text, so what is reached elsewhere is near the sparsity asked
@@ -30,7 +30,7 @@ from pinfer.kernels.norms import column_norms
 from pinfer.kernels.ops import dequantize, quant_matmul, threshold_matmul
 from pinfer.predictors.base import Prediction, Predictor
 from pinfer.predictors.cuts import KEPT_VALUES, Cuts
-from pinfer.quant import F16, Q4_0, QuantTensor
+from pinfer.quant import F16, Q5_0, QuantTensor
 from pinfer.quantize import quantize
 
 CHUNK_BYTES = 64 << 20  # of dequantised weights at a time
@@ -107,18 +107,18 @@ def fit_weighted_threshold(ffn: FFNMatrices, x: torch.Tensor, *, shifted: bool) 
 
 
 def compensation_of(ffn: FFNMatrices, center: torch.Tensor, x: torch.Tensor) -> QuantTensor:
-    """M = Σ over neurons i of center_i · d_i u_iᵀ, [D, D], in Q4_0, or F16 where D fills no whole blocks.
+    """M = Σ over neurons i of center_i · d_i u_iᵀ, [D, D], in Q5_0, or F16 where D fills no whole blocks.
 
-    Four bits are rounded with error feedback for inputs like x float32 [T, D].
+    Q5_0 is rounded with error feedback for inputs like x float32 [T, D].
     """
     total = torch.zeros(ffn.down.rows, ffn.up.columns, device=center.device)
     for columns in _chunks(ffn.down, 0):
         down = dequantize(ffn.down[columns]) * center  # [d, N]
         for rows in _chunks(ffn.up, 0):
             total[columns] += down[:, rows] @ dequantize(ffn.up[rows])
-    if ffn.up.columns % Q4_0.block_size:
+    if ffn.up.columns % Q5_0.block_size:
         return quantize(total, F16)
-    return error_feedback(total, x.T @ x / len(x), Q4_0)
+    return error_feedback(total, x.T @ x / len(x), Q5_0)
 
 
 def _chunks(weight: QuantTensor, tokens: int) -> Iterator[slice]:
