@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from pinfer.cli import train as cli_train
 from pinfer.cli.main import BAD_INPUT, INTERRUPTED, OK
 from pinfer.cli.main import run as cli
 from pinfer.config import RunConfig
@@ -16,6 +17,7 @@ from pinfer.engine import load_engine
 from pinfer.engine.fitting import CALIBRATE, STAGE
 from pinfer.engine.manifest import MANIFEST
 from pinfer.engine.solved import ACTIVATIONS, CALIBRATION, PREDICTOR, Solved
+from pinfer.formats.gguf import GGUFFile
 from pinfer.solve import calibration as calibration_stage
 from pinfer.sparsify import density
 from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
@@ -141,6 +143,29 @@ def test_sign_bits_are_fitted_to_a_recall(tmp_path: Path, text: str, capsys: pyt
     assert [one["recall"] for one in found["quality"]] == pytest.approx([0.9, 0.9], abs=0.08)
 
 
+@pytest.mark.parametrize("method", ["sign_bits", "low_rank"])
+def test_the_table_says_what_its_titles_say_of_a_layer_where_nothing_fires_too(
+    tmp_path: Path, text: str, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_tiny_llama(tmp_path / "m.gguf")
+    gate = GGUFFile.open(model).tensor("blk.1.ffn_gate.weight").blocks
+    model.write_bytes(model.read_bytes().replace(gate.numpy().tobytes(), bytes(gate.numel() * gate.element_size())))
+    given = ["-m", str(model), "-o", str(tmp_path / "solved"), "--text", text, "--method", method]
+    given += QUICK if method == "low_rank" else QUICK[:2]
+    assert cli(["train", *given]) == OK
+    lines = capsys.readouterr().out.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.split()[:1] == ["layer"])
+    titles = lines[at].replace("at ", "").split()  # on one line of 80 columns
+    assert cli(["train", *given, "--json"]) == OK
+    qualities = last_json(capsys)["quality"]
+    assert qualities[1]["active"] == 0 < qualities[0]["active"]
+    assert qualities[1]["recall"] == 1  # as PredictorQuality has it
+    for layer, quality in enumerate(qualities):
+        cells = dict(zip(titles, lines[at + 2 + layer].split(), strict=True))
+        for title, name in (("active", "active"), ("named", "density"), ("recall", "recall")):
+            assert float(cells[title]) == pytest.approx(100 * quality[name], abs=0.051)
+
+
 def test_an_interrupted_calibration_goes_on_to_the_same_end(
     tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,6 +207,74 @@ def test_an_interrupted_calibration_goes_on_to_the_same_end(
     assert one[MANIFEST] == other[MANIFEST]
 
 
+def test_measurements_that_are_damaged_are_made_again(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, directory = str(write_tiny_llama(tmp_path / "m.gguf")), tmp_path / "solved"
+    given = ["solve", "-m", model, "-o", str(directory), "--text", text, "--tokens", "4200"]
+    given += ["--method", "gate_threshold", "--density"]
+    assert cli([*given, "0.5"]) == OK
+    whole = (directory / calibration_stage.MEASURED).read_bytes()
+    figures = Solved.open(directory).stages[CALIBRATE].figures
+    capsys.readouterr()
+    for damage in ("a digit", "its half", "no object"):
+        changed = json.loads(whole)
+        name = next(name for name in changed["measured"] if name.startswith("layer 0"))
+        changed["measured"][name] = 7.0
+        contents = {"a digit": json.dumps(changed).encode(), "its half": whole[: len(whole) // 2], "no object": b"[]"}
+        assert cli([*given, "0.4"]) == OK  # another target, so that it is calibrated again
+        (directory / calibration_stage.MEASURED).write_bytes(contents[damage])
+        capsys.readouterr()
+        assert cli([*given, "0.5"]) == OK
+        assert "measured anew" in capsys.readouterr().err, damage
+        assert Solved.open(directory).stages[CALIBRATE].figures == figures
+
+
+def test_predictors_that_another_process_replaced_are_not_calibrated(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, directory = str(write_tiny_llama(tmp_path / "m.gguf")), str(tmp_path / "solved")
+    given = ["-m", model, "-o", directory, "--text", text, "--tokens", "4200", "--method"]
+    made = cli_train.make_predictors
+
+    def then_another(*arguments: Any) -> Any:
+        found = made(*arguments)
+        monkeypatch.setattr(cli_train, "make_predictors", made)
+        assert cli(["train", *given, "sign_bits"]) == OK
+        return found
+
+    monkeypatch.setattr(cli_train, "make_predictors", then_another)
+    assert cli(["solve", *given, "gate_threshold", "--density", "0.5"]) == BAD_INPUT
+    assert "replaced its predictors" in capsys.readouterr().err
+    assert CALIBRATE not in Solved.open(directory).stages
+
+
+def test_predictors_of_another_activation_do_not_run(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, directory = str(write_tiny_llama(tmp_path / "m.gguf")), str(tmp_path / "solved")
+    given = ["-m", model, "--activation", "silu"]
+    assert cli(["train", *given, "-o", directory, "--text", text, "--tokens", "4200"]) == OK
+    run = ["-p", "the", "-n", "2", "--predictor-path", directory, "--sparsity", "0.5"]
+    assert cli(["generate", *given, *run]) == OK
+    for command in (["generate", *run], ["bench", "-p", "8", *run[4:]], ["eval", "-f", text, *run[4:]]):
+        capsys.readouterr()
+        assert cli([*command, "-m", model]) == BAD_INPUT
+        assert "for activation silu, and the model runs with relu" in capsys.readouterr().err
+
+
+def test_a_run_tells_of_the_recall_that_its_predictors_were_fitted_to(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(write_tiny_llama(tmp_path / "m.gguf"))
+    asked = (("sign_bits", ["--recall", "0.9"], "(asked 90 %, worst"), ("low_rank", QUICK[2:], "(worst layer"))
+    for method, more, said in asked:
+        directory = str(tmp_path / method)
+        given = ["-m", model, "-o", directory, "--text", text, "--tokens", "4200", "--method", method]
+        assert cli(["train", *given, *more]) == OK
+        assert any(said in note for note in load_engine(RunConfig(model=model, predictor_path=directory)).notes)
+
+
 def test_a_dry_run_says_what_each_stage_takes_and_writes_nothing(
     tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,6 +301,9 @@ def test_a_dry_run_says_what_each_stage_takes_and_writes_nothing(
         ("--method dense", "method dense has no predictors"),
         ("--method sign_bits --activation silu", "sign_bits needs a ReLU model"),
         ("--activation silu --method low_rank", "training needs a sparsity"),
+        ("--activation drelu --method shift_threshold", "no meaning for drelu"),
+        ("--method gate_threshold --sparsity 0.5", "sparsity 0.5 has no meaning for gate_threshold"),
+        ("--method gate_threshold --predictor-rank 32", "rank 32 has no meaning for gate_threshold"),
         ("--predictor-rank 33", "multiple of 32"),
         ("--predictor-share 0", "0"),
         ("--steps 0", "steps must be at least 1"),

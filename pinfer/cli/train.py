@@ -197,20 +197,16 @@ def print_predictors(figures: Mapping[str, Any]) -> None:
     if all(one is None for one in figures["quality"]):
         console().print("fitted for every sparsity: pinfer solve chooses one, or give --sparsity")
         return
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     trained = "frontier" in figures
     titles = ("layer", *(("rank",) if trained else ()), "active", "named", "recall")
     for title in (*titles, *(f"at {named:g}" for named in FRONTIER if trained)):
         table.add_column(title, justify="right")
     for layer, one in enumerate(figures["quality"]):
-        cells = [
-            f"{100 * one['active']:.1f} %",
-            f"{100 * one['recall']:.1f} %",
-            f"{one['density'] / one['active']:.2f}",
-        ]
+        cells = [f"{100 * one[name]:.1f}" for name in ("active", "density", "recall")]
         if trained:
             cells = [str(figures["rank"][layer]), *cells]
-            cells += [f"{100 * reach['weighted_recall']:.2f} %" for reach in figures["frontier"][layer]]
+            cells += [f"{100 * reach['weighted_recall']:.2f}" for reach in figures["frontier"][layer]]
         table.add_row(str(layer), *cells)
     console().print(table)
     console().print("in %: neurons truly active, neurons named, the former's share that is")

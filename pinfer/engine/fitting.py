@@ -142,6 +142,16 @@ def kept_method(solved: Solved, asked: Method) -> Method:
     return method
 
 
+def check_activation(solved: Solved, config: ModelConfig) -> None:
+    """ValueError where a solved directory's predictors were made for another activation than the model runs with."""
+    made_for = solved.stages[STAGE].settings.get("activation", config.activation)
+    if made_for != config.activation:
+        raise ValueError(
+            f"{solved.path}: its predictors are for activation {made_for}, and the model runs with "
+            f"{config.activation}: say --activation {made_for}"
+        )
+
+
 def kept_densities(solved: Solved) -> list[float] | None:
     """Per layer, the density that calibration chose for the directory's predictors; None without a calibration."""
     if CALIBRATE not in solved.stages:

@@ -13,7 +13,9 @@ import torch
 from pinfer.config import Method, ModelConfig, RunConfig
 from pinfer.engine.cores import default_threads, place_threads
 from pinfer.engine.fitting import (
+    STAGE,
     FitSettings,
+    check_activation,
     fit_predictors,
     fit_settings_key,
     gates_of,
@@ -129,7 +131,7 @@ def load_engine(run: RunConfig, progress: Callable[[str], None] = lambda _: None
     with engine.computing():
         _make_sparse(engine, prepared, solved)
         _lay_out(model)
-    return dataclasses.replace(engine, notes=(*remarks, *prepared.notes, *_notes(engine)))
+    return dataclasses.replace(engine, notes=(*remarks, *prepared.notes, *_notes(engine, solved)))
 
 
 def what_to_run(run: RunConfig, config: ModelConfig, gguf: GGUFFile) -> tuple[Method, Solved | None]:
@@ -141,6 +143,7 @@ def what_to_run(run: RunConfig, config: ModelConfig, gguf: GGUFFile) -> tuple[Me
         return resolve_method(run.method, config, run.sparsity), None
     solved = Solved.open(run.predictor_path, gguf)
     method = kept_method(solved, run.method)
+    check_activation(solved, config)
     if run.sparsity is not None and method not in THRESHOLDED:
         raise ValueError(f"sparsity {run.sparsity:g} has no meaning for {method} predictors that are fitted already")
     return method, solved
@@ -152,7 +155,7 @@ def _context(asked: int | None, config: ModelConfig) -> int:
     return asked or config.context_length
 
 
-def _notes(engine: Engine) -> Iterator[str]:
+def _notes(engine: Engine, solved: Solved | None) -> Iterator[str]:
     if engine.run.backend == "auto" and (problem := core_problem()):
         yield f"the slower torch reference computes: {problem}"
     if error := down_error(engine.model):
@@ -163,9 +166,11 @@ def _notes(engine: Engine) -> Iterator[str]:
         recalls, densities, active = (
             [getattr(layer, name) for layer in qualities] for name in ("recall", "density", "active")
         )
+        recall = engine.run.recall if solved is None else solved.stages[STAGE].settings.get("recall")
+        asked = "" if recall is None else f"asked {100 * recall:g} %, "  # trained ones are not asked for any
         yield (
             f"{engine.method} catches {100 * sum(recalls) / len(recalls):.1f} % of active neurons "
-            f"(asked {100 * engine.run.recall:g} %, worst layer {100 * min(recalls):.1f} %) and names "
+            f"({asked}worst layer {100 * min(recalls):.1f} %) and names "
             f"{sum(densities) / max(sum(active), 1e-9):.1f} for each, on calibration text that it was not fitted on"
         )
 

@@ -51,8 +51,13 @@ class Frontier:
         return int(self._active.sum()) / max(1, self._pairs)
 
     def at(self, *over_predictions: float) -> tuple[Reach, ...]:
-        """For each, the lowest cut that names no more than so many neurons for each active one."""
-        active = max(1, int(self._active.sum()))
+        """For each, the lowest cut that names no more than so many neurons for each active one.
+
+        Where none is active nothing needs to be named, and recall is 1.
+        """
+        active = int(self._active.sum())
+        if not active:
+            return (Reach(0.0, 1.0, 1.0),) * len(over_predictions)
         named, caught, share = (counts.flip(0).cumsum(0) for counts in (self._named, self._active, self._share))
         found = []
         for over_prediction in over_predictions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from pinfer.engine import Engine
-from pinfer.engine.fitting import CALIBRATE, fit_predictors
+from pinfer.engine.fitting import CALIBRATE, STAGE, fit_predictors
 from pinfer.engine.prepared import Prepared
 from pinfer.engine.solved import CALIBRATION, PREDICTOR, Solved
 from pinfer.engine.text import walk_settings
@@ -40,14 +41,15 @@ def make_calibration(
     kinds of text cost (see `calibrate`).
 
     Measurements are kept as they are made, so that an interrupted run goes on, and another target for the
-    same predictors and text measures only what is new. ValueError as `calibrate`, and while another process
-    writes into the directory.
+    same predictors and text measures only what is new. ValueError as `calibrate`, while another process
+    writes into the directory, and if one has put other predictors there.
     """
     settings = {
         **{f"{name}_{key}": one for name in ("search", "validation") for key, one in _of(engine, parts, name).items()},
         "target": {name: value for name, value in asdict(target).items() if value is not None},
     }
     with solved.lock():
+        _check_predictors(solved, {**plan.settings(engine, parts.fit), "method": plan.method})
         done = solved.stages.get(CALIBRATE)
         if done is not None and done.settings == settings:
             tell(f"{solved.path} is calibrated for this already")
@@ -78,6 +80,13 @@ def make_calibration(
     return solved.stages[CALIBRATE].figures
 
 
+def _check_predictors(solved: Solved, settings: dict[str, Any]) -> None:
+    """Between the two stages the directory was not locked."""
+    stage = solved.stages.get(STAGE)
+    if stage is None or stage.settings != settings:
+        raise ValueError(f"{solved.path}: another pinfer has replaced its predictors meanwhile: run the command again")
+
+
 def _refit(engine: Engine, plan: PredictorPlan, parts: Parts) -> Refit | None:
     how = plan.fit
     return None if how is None else Refit(lambda sequences: fit_predictors(engine.model, how, sequences), parts.fit)
@@ -86,11 +95,14 @@ def _refit(engine: Engine, plan: PredictorPlan, parts: Parts) -> Refit | None:
 def _of(engine: Engine, parts: Parts, name: str) -> dict[str, Any]:
     sequences: list[torch.Tensor] = getattr(parts, name)
     found = walk_settings(sequences, engine.config, engine.int8)
-    return {key: found[key] for key in ("ids_sha256", "tokens", "int8")}
+    return {key: found[key] for key in ("ids_sha256", "tokens", "activation", "int8")}
 
 
 class _Measured:
-    """Measurements by name, in a file beside the directory's own, for these predictors and sequences alone."""
+    """Measurements by name, in a file beside the directory's own, for these predictors and sequences alone.
+
+    The file has a SHA-256 of itself: what does not match is not believed.
+    """
 
     def __init__(self, solved: Solved, settings: Mapping[str, Any], tell: Callable[[str], None]) -> None:
         self._path: Path = solved.path / MEASURED
@@ -99,12 +111,21 @@ class _Measured:
         self.known: dict[str, Any] = {}
         try:
             content = json.loads(self._path.read_bytes())
-            if content["key"] == self._key:
+            if content.pop("sha256") != _digest(content):
+                tell(f"{self._path} is damaged: everything is measured anew")
+            elif content["key"] == self._key:
                 self.known = dict(content["measured"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return  # none, or of no use: everything is measured
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+            tell(f"{self._path} is of no use, everything is measured anew: {problem}")
 
     def keep(self, name: str, found: Any, left_s: float) -> None:
         self.known[name] = found
-        write_atomically(self._path, json.dumps({"key": self._key, "measured": self.known}).encode())
+        content = {"key": self._key, "measured": self.known}
+        write_atomically(self._path, json.dumps(content | {"sha256": _digest(content)}).encode())
         self._tell(f"calibrating: {name}; {left_s:.0f} s left at most")
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -22,7 +22,7 @@ from pinfer.engine.fitting import (
 from pinfer.engine.solved import Solved
 from pinfer.engine.text import walk_settings
 from pinfer.engine.train import LayerResult, TrainSettings, Watcher, remove_checkpoint, train
-from pinfer.kernels.activation import ZERO_BELOW_ZERO
+from pinfer.kernels.activation import CLAMPS_UP, ZERO_BELOW_ZERO
 from pinfer.predictors import GateOf, LowRank, Predictor, PredictorQuality
 from pinfer.sparsify import THRESHOLDED
 
@@ -54,6 +54,15 @@ class PredictorPlan:
             )
         if method not in (*THRESHOLDED, "sign_bits"):
             raise ValueError(f"method {method} has no predictors to fit or train")
+        if method == "shift_threshold" and config.activation in CLAMPS_UP:
+            raise ValueError(
+                f"shift_threshold has no meaning for {config.activation}, which clamps up products: try low_rank"
+            )
+        if method in ("weighted_threshold", "shift_threshold") and not config.gated:
+            raise ValueError(f"{method} ranks neurons by their gate, and this model's FFN has none: try gate_threshold")
+        if training.sparsity is not None or training.ffn_share is None:
+            given = f"rank {training.factors.rank}" if training.sparsity is None else f"sparsity {training.sparsity:g}"
+            raise ValueError(f"{given} has no meaning for {method}, which is not trained: it applies to low_rank")
         return cls(method, FitSettings(method, recall=recall), None)
 
     def settings(self, engine: Engine, sequences: list[torch.Tensor]) -> dict[str, Any]:
