@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from pinfer.config import RunConfig
-from pinfer.engine import Engine, load_engine, prepared
+from pinfer.engine import Engine, fitting, load_engine, prepared
 from pinfer.engine.mapped import fingerprint, release_pages
 from pinfer.formats.gguf import GGUFFile
 from pinfer.kernels.transpose import transpose_weights
@@ -424,6 +424,16 @@ def test_other_settings_have_their_own_file(model: Path, fitted: list[int], othe
         load(model, **{**LOW_RANK, **other})
     assert len(fitted) == 2
     assert len(list(model.parent.glob("*.safetensors"))) == 2
+
+
+def test_predictors_fitted_by_another_rule_are_fitted_again(
+    model: Path, fitted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(model, **LOW_RANK)
+    monkeypatch.setattr(fitting, "FIT_VERSION", fitting.FIT_VERSION + 1)
+    for _ in range(2):
+        load(model, **LOW_RANK)
+    assert len(fitted) == 2
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ STAGE, CALIBRATE = "predictor", "calibrate"
 # Quantiles want more tokens than a closed form, and both more than some contexts hold. Twice as many
 # take a tenth off the neurons that low_rank names beside the active ones, and twice the time.
 FIT_TOKENS, THRESHOLD_TOKENS, FIT_SEQUENCE = 2048, 4096, 256
-FIT_VERSION = 2  # of the rules that predictors are fitted by: what is kept of another is fitted anew
+FIT_VERSION = 3  # of the rules that predictors are fitted by: what is kept of another is fitted anew
 
 
 @dataclass(frozen=True)
