@@ -47,7 +47,9 @@ class SignBits(Predictor):
         return Prediction(named.active, named.mask, None)
 
     def shard(self, neurons: torch.Tensor) -> SignBits:
-        return SignBits(self.signs[neurons], self.threshold, self.quality)
+        part = SignBits(self.signs[neurons], self.threshold, self.quality)
+        part.density = self.density
+        return part
 
 
 def fit_sign_bits(
