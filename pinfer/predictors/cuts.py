@@ -36,7 +36,9 @@ class Cuts:
     def __post_init__(self) -> None:
         if self.values.shape != (len(DENSITIES),):
             raise ValueError(f"cuts are {list(self.values.shape)}, expected [{len(DENSITIES)}]")
-        if bool(self.values.isnan().any()) or bool((self.values.diff() > 0).any()):
+        if bool(self.values.isnan().any()):
+            raise ValueError("scores to take cuts from are not numbers (NaN): the weights are damaged")
+        if bool((self.values.diff() > 0).any()):
             raise ValueError("cuts must fall as the density rises")
 
     @classmethod
