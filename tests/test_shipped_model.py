@@ -122,7 +122,7 @@ def test_its_predictors_keep_the_quality_they_were_calibrated_to() -> None:
     with engine.computing():
         summary = summarise(list(evaluate(dense.model, found, engine.model)))
     assert summary.sparse is not None
-    assert summary.dense.perplexity / summary.sparse.perplexity > 0.99
+    assert summary.dense.perplexity / summary.sparse.perplexity.perplexity > 0.99
     neurons = summary.sparse.neurons
     assert neurons.over_prediction is not None
     assert neurons.over_prediction < 1.3
