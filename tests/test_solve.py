@@ -324,7 +324,7 @@ def test_a_dry_run_says_what_each_stage_takes_and_writes_nothing(
         ("--steps 0", "steps must be at least 1"),
         ("--disk-gb 0", "--disk-gb must be above 0"),
         ("--disk-gb 1e-9", "disk"),
-        ("--tokens 100", "sequences"),
+        ("--tokens 20", "tokens must be at least 64"),
         ("--text nothing.txt", "nothing.txt"),
     ],
 )

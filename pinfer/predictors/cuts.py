@@ -43,9 +43,9 @@ class Cuts:
 
     @classmethod
     def of(cls, margins: torch.Tensor, base: torch.Tensor, scale: torch.Tensor) -> Cuts:
-        """From margins [...] of all kinds of tokens and neurons; of very many, some taken evenly."""
-        flat = margins.flatten()
-        flat = flat[:: max(1, -(-flat.numel() // KEPT_VALUES))].float().sort(descending=True).values
+        """From margins [T, N] of many tokens; of more than KEPT_VALUES, those of some tokens taken evenly."""
+        some = margins[:: max(1, -(-margins.numel() // KEPT_VALUES))]
+        flat = some.flatten().float().sort(descending=True).values
         # As many values pass as lie above the cut, which is itself one of them.
         ranks = [min(flat.numel() - 1, max(0, round(density * flat.numel()))) for density in DENSITIES]
         return cls(flat[ranks].clone(), base, scale)
