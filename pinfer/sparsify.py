@@ -187,14 +187,20 @@ def _fit_layers(
     fit: Callable[[DenseFFN, list[torch.Tensor]], V],
     progress: Progress,
 ) -> list[V]:
-    """What `fit` makes of each layer's dense FFN and its inputs [T, D] for each sequence, one layer at a time."""
+    """What `fit` makes of each layer's dense FFN and its inputs [T, D] for each sequence, one layer at a time.
+
+    ValueError names the layer that cannot be fitted.
+    """
     _check_dense(model)
     if any(len(tokens) < 2 for tokens in sequences):
         raise ValueError("calibration needs sequences of at least 2 tokens")
     fitted = []
     for layer, (ffn, inputs) in enumerate(ffn_inputs(model, sequences), 1):
         progress(f"fitting predictors, layer {layer} of {model.config.n_layers}")
-        fitted.append(fit(ffn, inputs))
+        try:
+            fitted.append(fit(ffn, inputs))
+        except ValueError as problem:
+            raise ValueError(f"layer {layer - 1}: {problem}") from problem
     return fitted
 
 

@@ -87,6 +87,7 @@ def test_a_predictor_names_the_density_it_is_set_to(kind: str) -> None:
         changed = predictor.at_density(density)
         assert reached(changed) == pytest.approx(density, abs=slack)
         assert changed.expected_density == density
+        assert changed.shard(torch.arange(8)).expected_density == density
     assert reached(predictor.at_density(1.0)) == 1.0
     assert torch.equal(predictor.threshold, before), "the predictor itself stays as it was"
 

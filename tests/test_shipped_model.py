@@ -12,13 +12,15 @@ import torch
 from pinfer import sparsify
 from pinfer.config import RunConfig, SamplingConfig
 from pinfer.engine import SHIPPED_MODEL, Engine, Generation, load_engine
+from pinfer.engine.text import ASSETS, EVALUATION_TEXT
 from pinfer.formats.gguf import GGUFFile
 from pinfer.kernels.dequantize.reference import dequantize
 from pinfer.kernels.transpose import transpose_weights
-from pinfer.quality import perplexity, windows
+from pinfer.quality import evaluate, perplexity, sliding_windows, summarise, windows
 
 REPOSITORY = Path(__file__).parent.parent
 HELD_OUT = REPOSITORY / "experiments" / "data" / "heldout.txt"
+SHIPPED_PREDICTORS = ASSETS / "pinfer-tiny.pinfer"
 RESULTS = REPOSITORY / "experiments" / "results" / "tiny"
 PROMPTS = ("And the LORD said unto Moses,", "The function returns", "CREATE TABLE creates", "A hacker is")
 
@@ -108,3 +110,22 @@ def test_training_results_are_recorded() -> None:
     records = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
     assert records
     assert (SHIPPED_MODEL.parent / "MODEL_CARD.md").is_file()
+
+
+def test_its_predictors_keep_the_quality_they_were_calibrated_to() -> None:
+    """On text that they were neither trained nor calibrated on: 99 % of perplexity, about as many named as fire."""
+    engine = load_engine(RunConfig(predictor_path=str(SHIPPED_PREDICTORS), precision="float32"))
+    dense = load_engine(RunConfig(method="dense", precision="float32"))
+    assert engine.method == "low_rank"
+    ids = engine.tokenizer.encode(EVALUATION_TEXT.read_text(encoding="utf-8"), add_bos=False)
+    found = sliding_windows(ids, 512, 512, engine.tokenizer.bos_id)
+    with engine.computing():
+        summary = summarise(list(evaluate(dense.model, found, engine.model)))
+    assert summary.sparse is not None
+    assert summary.dense.perplexity / summary.sparse.perplexity.perplexity > 0.99
+    neurons = summary.sparse.neurons
+    assert neurons.over_prediction is not None
+    assert neurons.over_prediction < 1.3
+    assert neurons.weighted_recall > 0.92
+    ffn_bytes = sum(info.nbytes for name, info in engine.gguf.tensors.items() if ".ffn_" in name and "norm" not in name)
+    assert 0 < sparsify.predictor_bytes(engine.model) < 0.05 * ffn_bytes

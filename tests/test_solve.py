@@ -249,6 +249,21 @@ def test_predictors_that_another_process_replaced_are_not_calibrated(
     assert CALIBRATE not in Solved.open(directory).stages
 
 
+@pytest.mark.parametrize("method", ["gate_threshold", "weighted_threshold", "sign_bits", "low_rank"])
+def test_damaged_weights_are_named_by_their_layer(
+    tmp_path: Path, text: str, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_tiny_llama(tmp_path / "m.gguf")
+    gate = GGUFFile.open(model).tensor("blk.1.ffn_gate.weight").blocks.numpy().tobytes()
+    nan = torch.full((1,), float("nan")).numpy().tobytes()
+    model.write_bytes(model.read_bytes().replace(gate, nan + gate[len(nan) :]))
+    given = ["-m", str(model), "-o", str(tmp_path / "solved"), "--text", text, "--tokens", "4200", "--method", method]
+    assert cli(["train", *given]) == BAD_INPUT
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "layer 1" in line
+    assert "finite" in line or "damaged" in line
+
+
 def test_predictors_of_another_activation_do_not_run(
     tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -309,7 +324,7 @@ def test_a_dry_run_says_what_each_stage_takes_and_writes_nothing(
         ("--steps 0", "steps must be at least 1"),
         ("--disk-gb 0", "--disk-gb must be above 0"),
         ("--disk-gb 1e-9", "disk"),
-        ("--tokens 100", "sequences"),
+        ("--tokens 20", "tokens must be at least 64"),
         ("--text nothing.txt", "nothing.txt"),
     ],
 )

@@ -353,6 +353,12 @@ def test_ranks_by_hand() -> None:
         rank_under_budget([flat, steep], 2 * a_step - 1, Q4_0)
 
 
+def test_equal_layers_have_equal_ranks() -> None:
+    flat = [LayerNeed(256, 256, 0.1, torch.ones(256, dtype=torch.float64))] * 3
+    budget = 3 * factor_bytes(96, 256, 256, BY_NAME["Q4_0"])
+    assert rank_under_budget(flat, budget, BY_NAME["Q4_0"]) == (96, 96, 96)
+
+
 def test_no_other_ranks_gain_more(generator: torch.Generator) -> None:
     needs = [need(torch.rand(4, generator=generator).sort(descending=True).values.tolist(), 0.1 + i) for i in range(3)]
     budget = 7 * factor_bytes(32, 256, 128, Q8_0)

@@ -25,7 +25,7 @@ from pinfer.engine.text import Text, cut
 from pinfer.engine.train import LayerResult, TrainSettings, Watcher, plan_of
 from pinfer.predictors.training import FRONTIER, TrainingSettings
 from pinfer.solve.estimate import StageEstimate, estimate_predictors
-from pinfer.solve.parts import Parts, deal
+from pinfer.solve.parts import LEAST, Parts, deal
 from pinfer.solve.predictors import PredictorPlan, make_predictors, with_rank
 
 Tokens = Annotated[
@@ -68,7 +68,7 @@ class Job:
             note(remark)
         plan = PredictorPlan.of(method, engine.config, run.recall, training)
         wanted = tokens or (CALIBRATION_TOKENS if plan.train is None else TRAIN_TOKENS)
-        sequences = cut(engine.tokenizer, text, wanted, engine.model.context, FIT_SEQUENCE)
+        sequences = cut(engine.tokenizer, text, wanted, engine.model.context, FIT_SEQUENCE, LEAST)
         found = sum(map(len, sequences))
         if tokens is not None and found < 0.9 * tokens:
             note(f"{text.name} has {found} tokens for this model: all of them are used, not {tokens}")
@@ -89,7 +89,7 @@ class Job:
             with layers() as progress:
                 return make_predictors(self.engine, solved, self.plan, self.parts.fit, _Watcher(progress))
         except KeyboardInterrupt:
-            note(f"{solved.path} keeps what is done: the same command goes on from there")
+            note(f"{solved.path} keeps the stages and the steps of training that are done: the same command goes on")
             raise
 
 

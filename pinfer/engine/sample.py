@@ -77,14 +77,21 @@ def choose_ranks(
     sparsity: float | None,
     passed: Callable[[], None] = lambda: None,
 ) -> tuple[int, ...]:
-    """`rank_under_budget` for a dense model, from some of the sequences int64 [T]; `passed` is called after each layer."""
+    """`rank_under_budget` for a dense model, from some of the sequences int64 [T]; `passed` is called after each layer.
+
+    ValueError as `rank_under_budget`, and where gates are not finite.
+    """
     walk = LayerWalk(engine.model, [sequences[number] for number in sampled([len(one) for one in sequences])])
     needs = []
     for layer in range(engine.config.n_layers):
         gate, found = dense_ffn(engine, layer).gate, _Inputs()
         observe_layer(engine, walk, found)
         density = found.density if sparsity is None else 1 - sparsity
-        needs.append(LayerNeed(gate.rows, gate.columns, density, spectrum(gate, with_moments_of(found.inputs))))
+        try:
+            energies = spectrum(gate, with_moments_of(found.inputs))
+        except ValueError as problem:
+            raise ValueError(f"{engine.path}: layer {layer}: {problem}") from problem
+        needs.append(LayerNeed(gate.rows, gate.columns, density, energies))
         release_layer(engine, layer)
         passed()
     return rank_under_budget(needs, budget_bytes, kind)

@@ -1,9 +1,10 @@
 """Trains low-rank predictors for a model from its own activations, layer by layer.
 
 All sequences pass one layer, whose inputs and contributions go into files; its predictor is trained
-from them; then they are removed and the next layer follows. Memory holds the residuals [T, D], one
-layer's weights and a batch, whatever the size of the model. A checkpoint is kept after every
-collection, every measurement and every layer.
+from them; then they are removed and the next layer follows. Memory holds the residuals [T, D], twice
+while a checkpoint is written, one layer's weights, a batch, and the factors of the layers that are done.
+A checkpoint is kept after every collection, every measurement and every layer; the choice of ranks
+and a collection begin anew.
 """
 
 from __future__ import annotations

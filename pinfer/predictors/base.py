@@ -35,7 +35,9 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class PredictorQuality:
-    """What a fitted predictor reaches on tokens that neither its fit nor its threshold has seen.
+    """What a predictor reaches on tokens that its weights were not fitted or trained on.
+
+    Fitted ones have not set their thresholds by them either; trained ones have, and when to stop.
 
     recall: share of truly active neurons that it names, 1 where none is active; active: share of all
     neurons that are truly active; density: share that it names.

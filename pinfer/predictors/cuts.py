@@ -36,14 +36,16 @@ class Cuts:
     def __post_init__(self) -> None:
         if self.values.shape != (len(DENSITIES),):
             raise ValueError(f"cuts are {list(self.values.shape)}, expected [{len(DENSITIES)}]")
-        if bool(self.values.isnan().any()) or bool((self.values.diff() > 0).any()):
+        if bool(self.values.isnan().any()):
+            raise ValueError("scores to take cuts from are not numbers (NaN): the weights are damaged")
+        if bool((self.values.diff() > 0).any()):
             raise ValueError("cuts must fall as the density rises")
 
     @classmethod
     def of(cls, margins: torch.Tensor, base: torch.Tensor, scale: torch.Tensor) -> Cuts:
-        """From margins [...] of all kinds of tokens and neurons; of very many, some taken evenly."""
-        flat = margins.flatten()
-        flat = flat[:: max(1, -(-flat.numel() // KEPT_VALUES))].float().sort(descending=True).values
+        """From margins [T, N] of many tokens; of more than KEPT_VALUES, those of some tokens taken evenly."""
+        some = margins[:: max(1, -(-margins.numel() // KEPT_VALUES))]
+        flat = some.flatten().float().sort(descending=True).values
         # As many values pass as lie above the cut, which is itself one of them.
         ranks = [min(flat.numel() - 1, max(0, round(density * flat.numel()))) for density in DENSITIES]
         return cls(flat[ranks].clone(), base, scale)

@@ -113,7 +113,7 @@ class LowRank(Predictor):
 
     def shard(self, neurons: torch.Tensor) -> LowRank:
         threshold = self.threshold if self.threshold.numel() == 1 else self.threshold[neurons]
-        return LowRank(
+        part = LowRank(
             self.first,
             self.second[neurons],
             threshold,
@@ -121,6 +121,8 @@ class LowRank(Predictor):
             by_magnitude=self.by_magnitude,
             quality=self.quality,
         )
+        part.density = self.density
+        return part
 
 
 def fit_low_rank(gate: QuantTensor, activation: str, inputs: CalibrationInputs, settings: LowRankSettings) -> LowRank:

@@ -39,7 +39,7 @@ def rank_under_budget(needs: Sequence[LayerNeed], budget_bytes: int, kind: Quant
     """A rank for each layer, a multiple of 32, such that their factors take at most `budget_bytes`.
 
     Every layer has the least rank; then, as long as it fits, the layer whose next 32 directions bring
-    most for a byte has them. Gains fall with the rank, so that no other ranks of that size gain more
+    most for a byte has them, of equals the one of the lowest rank. Gains fall with the rank, so that no other ranks of that size gain more
     but for what the last step leaves over. ValueError, naming the least budget, where it is too small.
     """
     ranks = [RANK_MULTIPLE] * len(needs)
@@ -52,12 +52,12 @@ def rank_under_budget(needs: Sequence[LayerNeed], budget_bytes: int, kind: Quant
         )
     while True:
         open_layers = [
-            (need.gain(ranks[layer]) / steps[layer], -layer)
+            (need.gain(ranks[layer]) / steps[layer], -ranks[layer], -layer)
             for layer, need in enumerate(needs)
             if steps[layer] <= left and ranks[layer] + RANK_MULTIPLE <= min(need.n_neurons, need.width)
         ]
         if not open_layers:
             return tuple(ranks)
-        layer = -max(open_layers)[1]
+        layer = -max(open_layers)[-1]
         ranks[layer] += RANK_MULTIPLE
         left -= steps[layer]

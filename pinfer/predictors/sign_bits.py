@@ -47,7 +47,9 @@ class SignBits(Predictor):
         return Prediction(named.active, named.mask, None)
 
     def shard(self, neurons: torch.Tensor) -> SignBits:
-        return SignBits(self.signs[neurons], self.threshold, self.quality)
+        part = SignBits(self.signs[neurons], self.threshold, self.quality)
+        part.density = self.density
+        return part
 
 
 def fit_sign_bits(
@@ -55,7 +57,7 @@ def fit_sign_bits(
 ) -> SignBits:
     """A predictor for the gate [N, D] that lets a share `recall` in (0, 1] of active neurons pass on inputs x [T, D].
 
-    Its `quality` is of `held_out` [T, D]. ValueError unless the activation is zero below zero.
+    Its `quality` is of `held_out` [T, D]. ValueError unless the activation is zero below zero and gates are finite.
     """
     if activation not in ZERO_BELOW_ZERO:
         raise ValueError(
@@ -80,4 +82,7 @@ def _whole(threshold: torch.Tensor) -> torch.Tensor:
 
 
 def _scores_and_active(gate: QuantTensor, signs: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return sign_scores(x, signs), quant_matmul(x, gate) > 0
+    gates = quant_matmul(x, gate)
+    if not bool(gates.isfinite().all()):
+        raise ValueError("a gate or its inputs are not finite: the weights are damaged")
+    return sign_scores(x, signs), gates > 0

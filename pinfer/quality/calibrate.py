@@ -22,7 +22,7 @@ import torch
 from pinfer.kernels.registry import use_int8
 from pinfer.models import Transformer
 from pinfer.predictors import Predictor
-from pinfer.quality.allocate import Curve, allocate
+from pinfer.quality.allocate import LEAST_COST, Curve, allocate
 from pinfer.quality.ledger import Ledger, Measured
 from pinfer.quality.measurements import Measurements, Refit
 from pinfer.quality.target import LEAST_DENSITY, Target, Transfer, bound
@@ -188,7 +188,7 @@ class _Search:
                 accepted = level
                 if level <= lowest or reached >= NEAR * allowed:
                     break
-            factor = reached / self._expected(allocation, level)
+            factor = max(reached, LEAST_COST) / self._expected(allocation, level)
         return accepted
 
     def _level_of(self, allocation: str, cost: float) -> float:

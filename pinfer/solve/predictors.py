@@ -24,6 +24,7 @@ from pinfer.engine.text import walk_settings
 from pinfer.engine.train import LayerResult, TrainSettings, Watcher, remove_checkpoint, train
 from pinfer.kernels.activation import CLAMPS_UP, ZERO_BELOW_ZERO
 from pinfer.predictors import GateOf, LowRank, Predictor, PredictorQuality
+from pinfer.quant import Q4_0
 from pinfer.sparsify import THRESHOLDED
 
 ENOUGH_RECALL = 0.995  # weighted, that trained predictors are set to before any calibration
@@ -45,7 +46,9 @@ class PredictorPlan:
         """
         fires = config.activation in ZERO_BELOW_ZERO
         if method == "auto":
-            method = "low_rank" if fires else "shift_threshold" if config.gated else "gate_threshold"
+            trainable = config.d_model % Q4_0.block_size == 0
+            of_others: Method = "shift_threshold" if config.gated else "gate_threshold"
+            method = of_others if not fires else "low_rank" if trainable else "sign_bits"
         if method == "low_rank":
             return cls(method, None, training)
         if method == "sign_bits" and not fires:
@@ -63,7 +66,7 @@ class PredictorPlan:
         if training.sparsity is not None or training.ffn_share is None:
             given = f"rank {training.factors.rank}" if training.sparsity is None else f"sparsity {training.sparsity:g}"
             raise ValueError(f"{given} has no meaning for {method}, which is not trained: it applies to low_rank")
-        return cls(method, FitSettings(method, recall=recall), None)
+        return cls(method, FitSettings(method, recall=recall) if method == "sign_bits" else FitSettings(method), None)
 
     def settings(self, engine: Engine, sequences: list[torch.Tensor]) -> dict[str, Any]:
         """All that the predictors depend on beside the model, as plain data."""
@@ -87,7 +90,6 @@ def make_predictors(
         done = solved.stages.get(STAGE)
         if done is not None and done.settings == settings:
             watcher.note(f"{solved.path} holds these predictors already")
-            remove_checkpoint(solved.path)
             return kept_predictors(solved, engine.model)
         if done is not None:
             watcher.note(f"{solved.path} holds predictors of another text or other settings, to be replaced")
@@ -98,7 +100,8 @@ def make_predictors(
             with engine.computing():
                 found, figures = list(fit_predictors(engine.model, plan.fit, sequences, watcher.note)), {}
         keep_predictors(solved, found, plan.method, settings, figures)
-        remove_checkpoint(solved.path)
+        if plan.train is not None:  # what another method finds there may be gone on with
+            remove_checkpoint(solved.path)
     return found
 
 
