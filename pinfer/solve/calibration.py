@@ -12,18 +12,20 @@ from typing import Any
 import torch
 
 from pinfer.engine import Engine
-from pinfer.engine.fitting import CALIBRATE, STAGE, fit_predictors
+from pinfer.engine.fitting import CALIBRATE, STAGE, FitSettings, fit_predictors
 from pinfer.engine.prepared import Prepared
 from pinfer.engine.solved import CALIBRATION, PREDICTOR, Solved
 from pinfer.engine.text import walk_settings
 from pinfer.files import write_atomically
 from pinfer.predictors import Predictor
+from pinfer.predictors.low_rank import RANK_MULTIPLE
 from pinfer.quality import Target, calibrate
 from pinfer.quality.measurements import Refit
 from pinfer.solve.parts import Parts
 from pinfer.solve.predictors import PredictorPlan
 
 MEASURED = "calibrate-checkpoint.json"
+STAND_IN_RANK, STAND_IN_SEQUENCES = 64, 32
 
 
 def make_calibration(
@@ -37,8 +39,7 @@ def make_calibration(
 ) -> dict[str, Any]:
     """Densities for the directory's predictors, and the figures reached; a calibration that is there already stays.
 
-    Predictors that are fitted, not trained, are fitted anew on halves of their text, to learn what unseen
-    kinds of text cost (see `calibrate`).
+    Predictors are fitted anew on halves of their text, to learn what unseen kinds of text cost (see `calibrate`).
 
     Measurements are kept as they are made, so that an interrupted run goes on, and another target for the
     same predictors and text measures only what is new. ValueError as `calibrate`, while another process
@@ -87,9 +88,17 @@ def _check_predictors(solved: Solved, settings: dict[str, Any]) -> None:
         raise ValueError(f"{solved.path}: another pinfer has replaced its predictors meanwhile: run the command again")
 
 
-def _refit(engine: Engine, plan: PredictorPlan, parts: Parts) -> Refit | None:
-    how = plan.fit
-    return None if how is None else Refit(lambda sequences: fit_predictors(engine.model, how, sequences), parts.fit)
+def _refit(engine: Engine, plan: PredictorPlan, parts: Parts) -> Refit:
+    """How predictors are fitted anew, and on what; those fitted in closed form stand in for trained ones."""
+    how, sequences = plan.fit, parts.fit
+    if plan.train is not None:
+        rank = min(STAND_IN_RANK, min(engine.config.d_model, engine.config.d_ffn) // RANK_MULTIPLE * RANK_MULTIPLE)
+        how = FitSettings("low_rank", rank=rank, sparsity=plan.train.sparsity)
+        count = min(len(sequences), STAND_IN_SEQUENCES)
+        sequences = [sequences[number * len(sequences) // count] for number in range(count)]
+    assert how is not None
+    settings = how
+    return Refit(lambda some: fit_predictors(engine.model, settings, some), sequences)
 
 
 def _of(engine: Engine, parts: Parts, name: str) -> dict[str, Any]:
