@@ -27,7 +27,6 @@ from pinfer.quality import (
     Calibration,
     Curve,
     Loss,
-    Parts,
     Passage,
     Refit,
     Target,
@@ -36,9 +35,9 @@ from pinfer.quality import (
     allocate,
     bound,
     calibrate,
-    deal,
 )
 from pinfer.quality.trials import Scores
+from pinfer.solve.parts import Parts, deal
 from pinfer.sparsify import exact_predictors, fitted_predictors, sparsify, transposed_down
 from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
 
@@ -148,16 +147,6 @@ def test_a_bound_is_above_both_estimates() -> None:
     assert bound(steady, 2.0) == pytest.approx(2 * bound(steady))
     assert Transfer(0.01, 0.03).factor == pytest.approx(3)
     assert Transfer(0.03, 0.01).factor == 1  # another kind may be easier; the next need not be
-
-
-def test_parts_are_disjoint_and_from_all_over() -> None:
-    sequences = [torch.tensor([number]) for number in range(40)]
-    parts = deal(sequences)
-    assert [len(part) for part in parts] == [12, 8, 20]
-    assert sorted(int(one) for part in parts for one in part) == list(range(40))
-    for part in parts:
-        assert [int(one) for one in part] == sorted(int(one) for one in part)
-        assert sum(int(one) < 20 for one in part) == len(part) / 2
 
 
 # ---- trials and whole calibrations of tiny models ----
@@ -398,7 +387,9 @@ def shipped() -> Case:
     engine = load_engine(RunConfig(method="dense", precision="float32"))
     text = Text.read(None)
     return Case(
-        engine, FitSettings("low_rank"), deal(cut(engine.tokenizer, text, 4000, engine.config.context_length, 100))
+        engine,
+        FitSettings("low_rank"),
+        deal(cut(engine.tokenizer, text, 4000, engine.config.context_length, 100), engine.config.n_layers),
     )
 
 

@@ -9,7 +9,7 @@ from pinfer.quality.measurements import Refit
 from pinfer.quality.neurons import NeuronCounts, NeuronObserver, count_neurons, truly_active
 from pinfer.quality.report import check_writable, figures, records, write_records
 from pinfer.quality.sliding import Window, sliding_windows, spread
-from pinfer.quality.target import Parts, Target, Transfer, bound, deal
+from pinfer.quality.target import Target, Transfer, bound
 from pinfer.quality.trials import Loss, Passage, Trials
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "Loss",
     "NeuronCounts",
     "NeuronObserver",
-    "Parts",
     "Passage",
     "Perplexity",
     "Refit",
@@ -37,7 +36,6 @@ __all__ = [
     "check_writable",
     "compare_logits",
     "count_neurons",
-    "deal",
     "evaluate",
     "figures",
     "logit_distance",

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import torch
 
 from pinfer.predictors.cuts import DENSITIES
 from pinfer.quality.allocate import LEAST_COST
@@ -15,8 +11,6 @@ from pinfer.quality.trials import Loss
 
 LEAST_DENSITY = DENSITIES[0]
 CONFIDENCE = 1.64  # standard deviations that 95 % of a normal distribution lie below
-# Of ten sequences, by number, those to fit predictors on and those to search on; the rest validates.
-_FIT, _SEARCH = (0, 3, 7), (1, 5)
 
 
 @dataclass(frozen=True)
@@ -68,20 +62,3 @@ def bound(loss: Loss, factor: float = 1.0) -> float:
     """
     spread = math.hypot(loss.kl_error, loss.kl_spread)
     return max(factor * loss.added + CONFIDENCE * loss.added_error, factor * (loss.kl + CONFIDENCE * spread))
-
-
-class Parts(NamedTuple):
-    """Sequences of one text: to fit predictors on, to search on, to validate on."""
-
-    fit: list[torch.Tensor]
-    search: list[torch.Tensor]
-    validation: list[torch.Tensor]
-
-
-def deal(sequences: Sequence[torch.Tensor]) -> Parts:
-    """Three, two and five of ten sequences, taken evenly from all over, so that every kind of text is in each part."""
-    of = {number: part for part, numbers in ((0, _FIT), (1, _SEARCH)) for number in numbers}
-    parts = Parts([], [], [])
-    for number, tokens in enumerate(sequences):
-        parts[of.get(number % 10, 2)].append(tokens)
-    return parts
