@@ -41,7 +41,10 @@ HALVINGS = 30  # of a range of densities, where nothing is run
 
 @dataclass(frozen=True)
 class Calibration:
-    """A density for each layer's predictor; the curve of each layer; figures, plain data for JSON (see `calibrate`)."""
+    """A density for each layer's predictor; the curve of each layer; figures, plain data for JSON (see `calibrate`).
+
+    Densities are those that predictors are set to; what they name of a text is near, and in each `Loss`.
+    """
 
     densities: list[float]
     curves: list[Curve]
