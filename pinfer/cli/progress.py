@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pinfer.cli.console import note
 from pinfer.engine.watcher import Watcher
 
+WITHIN_S = 15.0  # between two lines on what happens inside a layer
+
 
 class Layers:
     """Lines on stderr: one a layer, with the time left."""
@@ -20,15 +22,21 @@ class Layers:
     def begin(self, n_layers: int, n_sequences: int, layers_done: int) -> None:
         """The walk starts after so many layers, each to be passed by so many sequences."""
         self._n_layers, self._first, self._started = n_layers, layers_done, time.perf_counter()
+        self._told, self._layer = self._started, layers_done
 
     def sequence(self) -> None:
         """One more sequence has passed the present layer."""
 
     def within(self, text: str) -> None:
-        """What happens inside the present layer."""
+        """What happens inside the present layer; told now and then."""
+        now = time.perf_counter()
+        if now - self._told > WITHIN_S:
+            self._told = now
+            note(f"layer {self._layer}, {text}")
 
     def layer(self, number: int, text: str) -> None:
         """A layer is done, which the text tells of."""
+        self._layer = number + 1
         each_s = (time.perf_counter() - self._started) / (number + 1 - self._first)
         left = duration(each_s * (self._n_layers - number - 1))
         note(f"layer {number}, {number + 1} of {self._n_layers}: {text}; {left} left")

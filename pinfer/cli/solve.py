@@ -77,9 +77,11 @@ def solve_command(
         tell_estimates(job, estimate_stages(job.engine, job.plan, job.parts, profiled), json)
         return
     solved, started = job.directory(), time.perf_counter()
-    note(f"{solved.path}: profile, predictors, calibration")
+    note(f"{solved.path}: 1 of 3, profile")
     run_profile(job.engine, solved, job.text, profiled)
+    note(f"{solved.path}: 2 of 3, {job.plan.method} predictors")
     predictors = job.predictors(solved)
+    note(f"{solved.path}: 3 of 3, calibration")
     try:
         found = make_calibration(job.engine, solved, predictors, job.plan, job.parts, target, note)
     except KeyboardInterrupt:

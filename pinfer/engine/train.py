@@ -10,7 +10,6 @@ and a collection begin anew.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,8 +61,8 @@ class TrainSettings:
         for layer in range(engine.config.n_layers):
             chosen.check(*dense_ffn(engine, layer).gate.shape)
         if self.ffn_share is not None:
-            if not 0 < self.ffn_share < math.inf:
-                raise ValueError(f"ffn_share must be above 0 and finite, not {self.ffn_share:g}")
+            if not 0 < self.ffn_share <= 1:
+                raise ValueError(f"ffn_share must be above 0 and at most 1, the whole FFN, not {self.ffn_share:g}")
             self.ranks_of_equals(engine)
         if self.sparsity is None and activation not in ZERO_BELOW_ZERO:
             raise ValueError(f"training needs a sparsity, such as 0.5, for a model whose activation is {activation}")
