@@ -12,13 +12,11 @@ Prints a markdown table and writes experiments/results/gate_bytes/<model>.json a
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,10 +25,10 @@ from torch import nn
 from experiments.environment import environment
 from experiments.error_feedback import bits_per_weight, rounded
 from experiments.files import write_json
-from experiments.thresholds import spread_windows
+from experiments.thresholds import added_nats, parse, settings_of, spread_windows
 from pinfer.config import RunConfig
 from pinfer.engine import Engine, load_engine
-from pinfer.engine.text import CALIBRATION_TEXT, Text, cut
+from pinfer.engine.text import Text, cut
 from pinfer.ffn import DenseFFN
 from pinfer.kernels.activation import CLAMPS_UP, activate
 from pinfer.kernels.ops import dequantize
@@ -223,38 +221,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     dense, *others = rows
     lines = ["| variant | skipped: asked | reached | FFN bytes read | added nats |", "|---|---|---|---|---|"]
     for row in others:
-        added = [own - its for own, its in zip(row["nll_by_window"], dense["nll_by_window"], strict=True)]
-        error = stdev(added) / math.sqrt(len(added)) if len(added) > 1 else math.nan
         lines.append(
             f"| {row['variant']['name']} | {100 * row['variant']['sparsity']:.0f} % | {100 * (1 - row['density']):.1f} % "
-            f"| {100 * row['bytes_share']:.1f} % | {fmean(added):+.3f} ± {error:.3f} |"
+            f"| {100 * row['bytes_share']:.1f} % | {added_nats(row, dense)} |"
         )
     return "\n".join(lines)
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m experiments.gate_bytes", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="GGUF file")
-    parser.add_argument("--text", type=Path, default=HERE / "data" / "heldout.txt", help="UTF-8 text to evaluate")
-    parser.add_argument("--window", type=int, default=512, help="tokens a window, BOS included")
-    parser.add_argument("--windows", type=int, default=12, help="windows, spread over the text")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "gate_bytes", help="folder for the JSON")
-    parser.add_argument("--again", action="store_true", help="measure what is on record as well")
-    return parser.parse_args(arguments)
-
-
 def main(arguments: list[str] | None = None) -> int:
-    args = parse(arguments)
+    args = parse(arguments, "gate_bytes", __doc__)
     path = args.output / f"{Path(args.model).stem}.json"
     try:
         text = args.text.read_text(encoding="utf-8")
-        settings = {
-            "model": Path(args.model).name, "model_bytes": Path(args.model).stat().st_size,
-            "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "calibration_sha256": hashlib.sha256(CALIBRATION_TEXT.read_bytes()).hexdigest(),
-            "window": args.window, "windows": args.windows,
-        }  # fmt: skip
-        rows = run(args, text, path, settings)
+        rows = run(args, text, path, settings_of(args, text))
     except (ValueError, OSError) as error:
         print(f"gate_bytes: {error}", file=sys.stderr)
         return 2

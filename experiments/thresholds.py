@@ -103,24 +103,42 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"| dense | – | 0 % | 100 % | {math.exp(dense['nll']):.2f} | – |",
     ]
     for row in others:
-        added = [own - its for own, its in zip(row["nll_by_window"], dense["nll_by_window"], strict=True)]
-        error = stdev(added) / math.sqrt(len(added)) if len(added) > 1 else math.nan
         lines.append(
             f"| {row['method']} | {100 * row['nominal_sparsity']:.0f} % | {100 * (1 - row['density']):.1f} % "
-            f"| {100 * row['bytes_share']:.0f} % | {math.exp(row['nll']):.2f} | {fmean(added):+.3f} ± {error:.3f} |"
+            f"| {100 * row['bytes_share']:.0f} % | {math.exp(row['nll']):.2f} | {added_nats(row, dense)} |"
         )
     return "\n".join(lines)
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m experiments.thresholds", description=__doc__.splitlines()[0])
+def added_nats(row: dict[str, Any], dense: dict[str, Any]) -> str:
+    """What a row adds to the dense one's nats a token: mean and standard error of the paired differences by window."""
+    added = [own - its for own, its in zip(row["nll_by_window"], dense["nll_by_window"], strict=True)]
+    error = stdev(added) / math.sqrt(len(added)) if len(added) > 1 else math.nan
+    return f"{fmean(added):+.3f} ± {error:.3f}"
+
+
+def parse(arguments: list[str] | None, name: str = "thresholds", doc: str = __doc__) -> argparse.Namespace:
+    """The command line of an experiment of that name, which evaluates a model over windows of a text."""
+    parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}", description=doc.splitlines()[0])
     parser.add_argument("--model", required=True, help="GGUF file")
     parser.add_argument("--text", type=Path, default=HERE / "data" / "heldout.txt", help="UTF-8 text to evaluate")
     parser.add_argument("--window", type=int, default=512, help="tokens a window, BOS included")
     parser.add_argument("--windows", type=int, default=12, help="windows, spread over the text")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "thresholds", help="folder for the JSON")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / name, help="folder for the JSON")
     parser.add_argument("--again", action="store_true", help="measure what is on record as well")
     return parser.parse_args(arguments)
+
+
+def settings_of(args: argparse.Namespace, text: str) -> dict[str, Any]:
+    """What rows on record must share with a run to be taken for its own."""
+    return {
+        "model": Path(args.model).name,
+        "model_bytes": Path(args.model).stat().st_size,
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "calibration_sha256": hashlib.sha256(CALIBRATION_TEXT.read_bytes()).hexdigest(),
+        "window": args.window,
+        "windows": args.windows,
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -128,12 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = args.output / f"{Path(args.model).stem}.json"
     try:
         text = args.text.read_text(encoding="utf-8")
-        settings = {
-            "model": Path(args.model).name, "model_bytes": Path(args.model).stat().st_size,
-            "text": args.text.name, "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "calibration_sha256": hashlib.sha256(CALIBRATION_TEXT.read_bytes()).hexdigest(),
-            "window": args.window, "windows": args.windows,
-        }  # fmt: skip
+        settings = settings_of(args, text) | {"text": args.text.name}
         known = {} if args.again else measured(path, settings)
         rows = []
         for method, sparsity in (DENSE, *product(METHODS, SPARSITIES)):

@@ -5,16 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
 from pinfer.engine import Engine
 from pinfer.engine.fitting import fit_predictors
 from pinfer.engine.generate import peak_rss_bytes
-from pinfer.engine.measure import HEAP_GROWTH, estimate_profile
+from pinfer.engine.measure import HEAP_GROWTH, dense_ffn, estimate_profile
+from pinfer.engine.train import ffn_bytes
 from pinfer.engine.train_estimate import estimate_training
-from pinfer.ffn import DenseFFN
 from pinfer.models import LayerWalk
 from pinfer.quality.calibrate import AROUND, PROBES, TRIALS
 from pinfer.solve.parts import Parts
@@ -94,9 +93,7 @@ def _predictor_bytes(engine: Engine, plan: PredictorPlan) -> int:
     """Of one layer's, about."""
     width, neurons = engine.config.d_model, engine.config.d_ffn
     if plan.train is not None:
-        ffn = cast(DenseFFN, engine.model.ffns()[0])
-        weights = sum(weight.nbytes for weight in (ffn.gate, ffn.up, ffn.down) if weight is not None)
-        return round(weights * (plan.train.ffn_share or 0.05))
+        return round(ffn_bytes(dense_ffn(engine, 0)) * (plan.train.ffn_share or 0.05))
     if plan.method == "shift_threshold":
         return width * width * 34 // 32 + 16 * neurons
     return neurons * width // 8 if plan.method == "sign_bits" else 16 * neurons
