@@ -42,7 +42,7 @@ class LayerPlan:
     @property
     def is_split(self) -> bool:
         """Whether both devices compute in this layer."""
-        return self.attention == "gpu" and self.n_hot < self.hot.numel() or self.attention == "cpu" and self.n_hot > 0
+        return self.n_hot != (self.hot.numel() if self.attention == "gpu" else 0)
 
 
 @dataclass(frozen=True, eq=False)
