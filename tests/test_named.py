@@ -28,7 +28,7 @@ def test_cards_in_any_spelling(spelling: str, name: str) -> None:
 
 @pytest.mark.parametrize("spelling", ["a100", "4090 laptop", "rtx4080", "h100 pcie", "", "nvidia", "4090d"])
 def test_cards_that_are_not_in_the_table(spelling: str) -> None:
-    with pytest.raises(ValueError, match="unknown GPU .*RTX 2080 Ti, .*A100 40GB, .*L4"):
+    with pytest.raises(ValueError, match=r"unknown GPU .*RTX 2080 Ti, .*A100 40GB, .*L4"):
         find_card(spelling)
 
 
