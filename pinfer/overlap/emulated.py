@@ -35,3 +35,6 @@ class Emulated(Lane):
 
     def run(self, hot: Callable[[], torch.Tensor], cold: Sequence[Cold], traffic: Traffic) -> list[torch.Tensor]:
         return [hot(), *(part.work(*part.given) for part in cold)]
+
+    def close(self) -> None:
+        pass

@@ -43,5 +43,6 @@ class Lane(ABC):
         RuntimeError where a part fails or does not end within the lane's time.
         """
 
+    @abstractmethod
     def close(self) -> None:
         """End what the lane started; it cannot run afterwards."""
