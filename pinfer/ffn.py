@@ -8,7 +8,7 @@ skips inputs and hidden values instead. `opens` says that x's first row is the f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from torch import nn
 from pinfer.kernels.ops import add, glu, input_sparse_matmul, quant_matmul, sparse_ffn, tally, tally_kept
 from pinfer.kernels.select_active import Active
 from pinfer.kernels.tuning import expect_density
+from pinfer.overlap import Lane
 from pinfer.predictors import InputThreshold, Prediction, Predictor
 from pinfer.predictors.input_threshold import KEEP_ALL
 from pinfer.quant import QuantTensor
@@ -102,15 +103,14 @@ class SparseFFN(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor, opens: bool = False) -> torch.Tensor:
         if not (opens and self.predictor.opens_dense):
             return self._compensated(x, residual)
-        first = self._compute(x[:1], Prediction(self._everything(), None, None))
+        first = self.compute(x[:1], self.everything())
         return torch.cat([first, self._compensated(x[1:], residual[1:])]) if x.shape[0] > 1 else first
 
     def _compensated(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        y = self._compute(x, self.predictor(x, residual))
-        compensation = self.predictor.compensation
-        return y if compensation is None else add(y, quant_matmul(x, compensation))
+        return _with_compensation(self.compute(x, self.predictor(x, residual)), x, self.predictor)
 
-    def _compute(self, x: torch.Tensor, prediction: Prediction) -> torch.Tensor:
+    def compute(self, x: torch.Tensor, prediction: Prediction) -> torch.Tensor:
+        """The neurons of a prediction, whoever made it, without compensation: x float32 [T, D] to y [T, D]."""
         tally(prediction.active, self.activity.totals, tokens=x.shape[0], mask=prediction.mask)
         if self.observe is not None:
             self.observe(x, prediction)
@@ -127,10 +127,11 @@ class SparseFFN(nn.Module):
                 shift=prediction.shift,
             )
 
-    def _everything(self) -> Active:
+    def everything(self) -> Prediction:
+        """The prediction that names every neuron."""
         device, count = self.weights.gate.device, self.weights.n_neurons
         every = torch.arange(count, dtype=torch.int32, device=device)
-        return Active(every, torch.full((1,), count, dtype=torch.int32, device=device))
+        return Prediction(Active(every, torch.full((1,), count, dtype=torch.int32, device=device)), None, None)
 
     def shard(self, neurons: torch.Tensor, *, compensated: bool = True) -> SparseFFN:
         """The same for some of the neurons (int64 [H]); of all shards, one is to be compensated."""
@@ -139,15 +140,34 @@ class SparseFFN(nn.Module):
         return SparseFFN(self.weights.shard(neurons), predictor, self.activation)
 
 
-class HybridFFN(nn.Module):
-    """A hot and a cold shard, each with its part of the predictor, added. Both are on the CPU so far."""
+def _with_compensation(y: torch.Tensor, x: torch.Tensor, predictor: Predictor) -> torch.Tensor:
+    return y if predictor.compensation is None else add(y, quant_matmul(x, predictor.compensation))
 
-    def __init__(self, hot: SparseFFN, cold: SparseFFN) -> None:
+
+class HybridFFN(nn.Module):
+    """A hot shard on a device and cold ones on the CPU, added in that order.
+
+    lane:      what runs the cold shards beside the hot one; None computes one after the other on the same threads.
+    predictor: one for all neurons, on the hot shard's device, numbered hot first and then cold, shard by shard,
+               which compensates where it has to. None has every shard ask its own, of which one compensates.
+    """
+
+    def __init__(
+        self,
+        hot: SparseFFN,
+        cold: SparseFFN | Sequence[SparseFFN],
+        lane: Lane | None = None,
+        predictor: Predictor | None = None,
+    ) -> None:
         super().__init__()
-        self.hot, self.cold = hot, cold
+        self.hot, self.cold = hot, nn.ModuleList([cold] if isinstance(cold, SparseFFN) else cold)
+        self.lane, self.predictor = lane, predictor
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor, opens: bool = False) -> torch.Tensor:
-        return add(self.hot(x, residual, opens), self.cold(x, residual, opens))
+        y = self.hot(x, residual, opens)
+        for shard in self.cold:
+            y = add(y, shard(x, residual, opens))
+        return y
 
 
 Kept = TypeVar("Kept", float, torch.Tensor)
