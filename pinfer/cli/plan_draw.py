@@ -11,8 +11,8 @@ from pinfer.placement.memory import layer_items
 from pinfer.placement.plan import Plan
 from pinfer.placement.problem import LayerTime, Problem
 
-MOST_BARS = 40  # more layers are drawn in groups of neighbours
-WIDTH = 56
+MOST_BARS = 20  # more layers are drawn in groups of neighbours
+WIDTH = 60
 # In the order of a bar: device, items of memory, sign, colour.
 PARTS = (
     ("gpu", ("attention",), "A", "green"),
@@ -39,7 +39,8 @@ def layer_bytes(problem: Problem, plan: Plan) -> list[list[int]]:
 def draw(problem: Problem, plan: Plan, times: Sequence[LayerTime]) -> Iterator[Text]:
     """The lines of the drawing."""
     rows, each = layer_bytes(problem, plan), max(1, ceil(len(times) / MOST_BARS))
-    yield Text(f"where the bytes of {'a layer' if each == 1 else f'{each} layers'} lie ({LEGEND}); ms on GPU and CPU")
+    yield Text(f"bytes of {'a layer' if each == 1 else f'{each} layers'}: {LEGEND}")
+    yield Text(f"{'layer':>7} {'':{WIDTH}} {'hot':>7} {'GPU ms':>8} {'CPU ms':>8}")
     for first in range(0, len(times), each):
         last = min(first + each, len(times)) - 1
         group = range(first, last + 1)
@@ -50,8 +51,10 @@ def draw(problem: Problem, plan: Plan, times: Sequence[LayerTime]) -> Iterator[T
         hot = sum(plan.layers[layer].n_hot for layer in group) / max(
             1, sum(plan.layers[layer].hot.numel() for layer in group)
         )
-        on_gpu, on_cpu = (1e3 * sum(device_s(times[layer], plan, layer, place) for layer in group) for place in ("gpu", "cpu"))
-        line.append(f" {100 * hot:5.1f} % hot {on_gpu:7.3f} {on_cpu:7.3f}")
+        on_gpu, on_cpu = (
+            1e3 * sum(device_s(times[layer], plan, layer, place) for layer in group) for place in ("gpu", "cpu")
+        )
+        line.append(f" {100 * hot:5.1f} % {on_gpu:8.3f} {on_cpu:8.3f}")
         yield line
 
 

@@ -56,9 +56,7 @@ def model_shape(
     embedding = _matrix_bytes(gguf, "token_embd.weight", layout)
     head = embedding if tied else _matrix_bytes(gguf, "output.weight", layout)
     norm = FLOAT_BYTES * config.d_model
-    return ModelShape(
-        config.name, layers, head + norm, 0 if tied else embedding, config.d_model, config.vocab_size
-    )
+    return ModelShape(config.name, layers, head + norm, 0 if tied else embedding, config.d_model, config.vocab_size)
 
 
 def _layer(
@@ -84,9 +82,7 @@ def _layer(
     )
 
 
-def _ffn_rows(
-    gguf: GGUFFile, config: ModelConfig, method: Method, prefix: str, layout: Layout
-) -> tuple[int, int, int]:
+def _ffn_rows(gguf: GGUFFile, config: ModelConfig, method: Method, prefix: str, layout: Layout) -> tuple[int, int, int]:
     """Bytes of a neuron's gate (or up, where there is none), of its other rows, and what neurons cannot share evenly.
 
     Where no neuron is split off, matrices lie otherwise than a row a neuron: a neuron has its share of them.

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from pinfer.placement.hardware import Hardware
+
 # Of PCIe x16 by generation, bytes/s: 8, 16, 32 GT/s with 128b/130b coding. Large copies from pinned
 # memory reach about 80 % of it.
 PCIE_BANDWIDTH = {3: 15.75e9, 4: 31.5e9, 5: 63.0e9}
@@ -98,6 +100,21 @@ def find_card(name: str) -> Card:
 def find_memory(name: str) -> Memory:
     """The memory of a name in any spelling (DDR5-5600, ddr5 5600 dual channel, epyc12); ValueError for none of them."""
     return _find(name, MEMORIES, "memory")
+
+
+def named_hardware(card: Card, cpu_bandwidth: float, reach: Reach = DERATED, memory: str = "memory") -> Hardware:
+    """A card beside a machine's memory of so many bytes/s."""
+    return Hardware(
+        name=f"{card.name} and {memory}",
+        gpu_bytes=card.memory_bytes,
+        gpu_bandwidth=card.bandwidth,
+        cpu_bandwidth=cpu_bandwidth,
+        gpu_efficiency=reach.gpu_efficiency,
+        cpu_efficiency=reach.cpu_efficiency,
+        to_gpu_bandwidth=card.copy_bandwidth,
+        to_cpu_bandwidth=card.copy_bandwidth,
+        sync_s=reach.sync_s,
+    )
 
 
 def _find(name: str, table: Mapping[str, Named], kind: str) -> Named:

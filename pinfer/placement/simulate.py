@@ -81,7 +81,9 @@ def _spans(plan: Plan, time: TokenTime) -> Iterator[Span]:
     yield from _span(plan.head, "head", None, now + time.crossings_s, time.head_s)
 
 
-def _span(lane: Literal["gpu", "cpu", "link"], part: Part, layer: int | None, now: float, seconds: float) -> Iterator[Span]:
+def _span(
+    lane: Literal["gpu", "cpu", "link"], part: Part, layer: int | None, now: float, seconds: float
+) -> Iterator[Span]:
     if seconds > 0:
         yield Span(lane, part, layer, now, now + seconds)
 
