@@ -64,6 +64,11 @@ class Activity:
     def reset(self) -> None:
         self.totals.zero_()
 
+    def move(self, put: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Go on counting in what `put` makes of `totals`, on the device that computes."""
+        with torch.inference_mode(False):
+            self.totals = put(self.totals)
+
     @property
     def active(self) -> float:
         return int(self.totals[0])
@@ -137,7 +142,10 @@ class SparseFFN(nn.Module):
         """The same for some of the neurons (int64 [H]); of all shards, one is to be compensated."""
         predictor = self.predictor.shard(neurons)
         predictor.compensation = self.predictor.compensation if compensated else None
-        return SparseFFN(self.weights.shard(neurons), predictor, self.activation)
+        weights = self.weights.shard(neurons)
+        if isinstance(getattr(predictor, "gate", None), QuantTensor):
+            predictor.gate = weights.gate  # the rows are there once
+        return SparseFFN(weights, predictor, self.activation)
 
 
 def _with_compensation(y: torch.Tensor, x: torch.Tensor, predictor: Predictor) -> torch.Tensor:
@@ -207,6 +215,10 @@ class InputActivity(Activity):
     def __init__(self, weights: InputMajorWeights) -> None:
         super().__init__(weights.down.rows, weights.gate.device, (2, 2))
         self._n_inputs, self._of_inputs = weights.gate.rows, 1 if weights.up is None else 2  # matrices that inputs meet
+        self.inputs, self.hidden = self.totals.unbind()
+
+    def move(self, put: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().move(put)
         self.inputs, self.hidden = self.totals.unbind()
 
     @property

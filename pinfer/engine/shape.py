@@ -108,7 +108,7 @@ def _ffn_rows(
 def _unfitted(method: Method, config: ModelConfig) -> PredictorBytes:
     """What a method's predictor has where all of it follows from the model."""
     if method in READS_ALL:
-        return PredictorBytes()
+        return PredictorBytes(shared=4 * FLOAT_BYTES if method == "input_threshold" else 0)
     if method == "weighted_threshold":
         return PredictorBytes(neuron=FLOAT_BYTES)
     if method == "shift_threshold":
