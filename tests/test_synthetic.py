@@ -13,7 +13,7 @@ import torch
 from experiments.synthetic.__main__ import main
 from experiments.synthetic.build import FITTED, FRESH, LENGTH
 from experiments.synthetic.planting import fitting_offsets, power_law, power_law_exponent, share_holding
-from experiments.synthetic.recipe import CONSTANT, SHAPES, TYPES, Recipe, default_vocab
+from experiments.synthetic.recipe import CONSTANT, SHAPES, Recipe, default_vocab
 from pinfer import sparsify
 from pinfer.config import RunConfig
 from pinfer.engine import load_engine
@@ -22,6 +22,7 @@ from pinfer.formats.model_config import check_tensors, model_config
 from pinfer.formats.tokenizer import load_tokenizer
 from pinfer.kernels.ops import dequantize, quant_matmul
 from pinfer.models import KVCache
+from pinfer.placement.published import TYPES
 from pinfer.quant import BY_NAME, F32, Q4_K, Q5_K, Q6_K
 
 CASES = [(density, skew) for density in (0.1, 0.3) for skew in ("powerlaw", "uniform")]

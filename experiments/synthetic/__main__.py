@@ -15,8 +15,9 @@ from typing import Any, NoReturn
 import torch
 
 from experiments.synthetic.build import GATE_SPREAD, Builder, LayerReport
-from experiments.synthetic.recipe import SHAPES, TYPES, Recipe, default_vocab
+from experiments.synthetic.recipe import SHAPES, Recipe, default_vocab
 from experiments.synthetic.sink import GGUFSink
+from pinfer.placement.published import TYPES
 
 PROGRAM = "experiments.synthetic"
 

@@ -7,7 +7,8 @@ from math import ceil
 
 from gguf import LlamaFileType
 
-from pinfer.quant import BY_NAME, F32, Q4_K, Q5_K, Q6_K, QuantType
+from pinfer.placement.published import PUBLISHED, Dimensions, attention_matrices, tensor_type
+from pinfer.quant import F32, QuantType
 
 LEAST_VOCAB, MOST_VOCAB = 512, 1 << 19
 CONSTANT = 32  # channels of the constant direction: one block of the types with blocks of 32
@@ -15,36 +16,10 @@ DENSITIES = (0.01, 0.95)
 MOST_LAYERS = 1024
 
 
-@dataclass(frozen=True)
-class Shape:
-    """One published model's dimensions; `n_heads` times the head's size is `d_model`."""
-
-    n_layers: int
-    d_model: int
-    d_ffn: int
-    n_heads: int
-    n_kv_heads: int
-    vocab_size: int
-    context: int
-    rope_base: float = 10000.0
-
-    @property
-    def head_dim(self) -> int:
-        return self.d_model // self.n_heads
-
-
 SHAPES = {
-    "llama-2-7b": Shape(32, 4096, 11008, 32, 32, 32000, 4096),
-    "llama-2-13b": Shape(40, 5120, 13824, 40, 40, 32000, 4096),
-    "llama-2-70b": Shape(80, 8192, 28672, 64, 8, 32000, 4096),
-    "llama-3-8b": Shape(32, 4096, 14336, 32, 8, 128256, 8192, 500000.0),
-    "mistral-7b": Shape(32, 4096, 14336, 32, 8, 32000, 32768, 1e6),
-    "tiny": Shape(2, 256, 1024, 4, 2, 512, 1024),
-}
+    name: PUBLISHED[name] for name in ("llama-2-7b", "llama-2-13b", "llama-2-70b", "llama-3-8b", "mistral-7b")
+} | {"tiny": Dimensions(2, 256, 1024, 4, 2, 512, 1024)}
 
-# The base type of each mix, whose more important tensors are Q6_K.
-MIXES = {"q4_k_m": Q4_K, "q5_k_m": Q5_K}
-TYPES = (*(name.lower() for name in BY_NAME), *MIXES)
 _FILE_TYPES = {"f32": "ALL_F32", "q3_k": "MOSTLY_Q3_K_S", "q4_k": "MOSTLY_Q4_K_S", "q5_k": "MOSTLY_Q5_K_S"}
 
 
@@ -86,7 +61,7 @@ class Recipe:
         _check("--seed", self.seed, 0, 2**63 - 1)
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> Dimensions:
         return SHAPES[self.shape_name]
 
     @property
@@ -100,12 +75,9 @@ class Recipe:
     def tensors(self) -> dict[str, TensorSpec]:
         """Every tensor by name, in the order of the file."""
         shape = self.shape
-        width, key_width, neurons = shape.d_model, shape.n_kv_heads * shape.head_dim, shape.d_ffn
+        width, neurons = shape.d_model, shape.d_ffn
         matrices = {
-            "attn_q": (width, width),
-            "attn_k": (key_width, width),
-            "attn_v": (key_width, width),
-            "attn_output": (width, width),
+            **attention_matrices(shape),
             "ffn_gate": (neurons, width),
             "ffn_up": (neurons, width),
             "ffn_down": (width, neurons),
@@ -122,26 +94,17 @@ class Recipe:
         return TensorSpec(f"{name}.weight", rows, columns, self._type(name.rsplit(".", 1)[-1], layer))
 
     def _type(self, part: str, layer: int) -> QuantType:
-        """As llama.cpp mixes Q4_K_M and Q5_K_M, but for its exceptions by the size of a whole model."""
-        if self.type_name not in MIXES:
-            return BY_NAME[self.type_name.upper()]
-        important = part in ("attn_v", "ffn_down") and _use_more_bits(layer, self.n_layers)
-        return Q6_K if important or part == "output" else MIXES[self.type_name]
+        """As llama.cpp mixes types, but for its exceptions by the size of a whole model."""
+        return tensor_type(self.type_name, part, layer, self.n_layers)
 
 
-def default_vocab(shape: Shape, n_layers: int) -> int:
+def default_vocab(shape: Dimensions, n_layers: int) -> int:
     """The real vocabulary cut as the layers are, so that the head keeps its share of the bytes."""
     return max(LEAST_VOCAB, 32 * ceil(shape.vocab_size * n_layers / shape.n_layers / 32))
 
 
 def _vector(name: str, columns: int) -> TensorSpec:
     return TensorSpec(f"{name}.weight", 0, columns, F32)
-
-
-def _use_more_bits(layer: int, n_layers: int) -> bool:
-    """llama.cpp's choice of layers: the first and the last eighth, and every third in between."""
-    eighth = n_layers // 8
-    return layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:
