@@ -144,7 +144,7 @@ class SparseFFN(nn.Module):
         predictor.compensation = self.predictor.compensation if compensated else None
         weights = self.weights.shard(neurons)
         if isinstance(getattr(predictor, "gate", None), QuantTensor):
-            predictor.gate = weights.gate  # the rows are there once
+            vars(predictor)["gate"] = weights.gate  # the rows are there once
         return SparseFFN(weights, predictor, self.activation)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -87,7 +88,7 @@ class Transformer(nn.Module):
     def _blocks(self, tokens: torch.Tensor, cache: KVCache, opens: bool) -> torch.Tensor:
         x = embed(tokens, self.embedding, scale=self.config.embedding_scale)  # [T, D]
         for block in self.blocks:
-            x = block(_on(x, block.device), cache, opens)
+            x = block(_on(x, cast(Block, block).device), cache, opens)
         return x
 
     def _make_room(self, tokens: torch.Tensor, cache: KVCache) -> None:
@@ -97,7 +98,7 @@ class Transformer(nn.Module):
             rope.reserve(cache.length + tokens.shape[0])
 
     def new_cache(self) -> KVCache:
-        return KVCache(self.config, self.context, [block.device for block in self.blocks])
+        return KVCache(self.config, self.context, [cast(Block, block).device for block in self.blocks])
 
     def ffns(self) -> list[nn.Module]:
         return [block.ffn for block in self.blocks]  # type: ignore[misc]

@@ -31,7 +31,9 @@ def replace_weights(model: nn.Module, change: WeightChange) -> None:
     They are found among a module's attributes and in the fields of dataclasses there. A matrix that
     is held twice (a tied head, a gate that the predictor reads too) is changed once and stays one.
     """
-    for holders in _holders(model, QuantTensor):  # one weight after the other, so that no second model is ever in memory
+    for holders in _holders(
+        model, QuantTensor
+    ):  # one weight after the other, so that no second model is ever in memory
         _replace_one(holders, change)
 
 
