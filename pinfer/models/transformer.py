@@ -11,7 +11,7 @@ from torch import nn
 from pinfer.config import ModelConfig
 from pinfer.ffn import DenseFFN
 from pinfer.kernels.ops import embed, quant_matmul
-from pinfer.models.layers import KVCache, RMSNorm, Rope
+from pinfer.models.layers import Attention, KVCache, RMSNorm, Rope
 from pinfer.models.weights import WeightSource
 
 
@@ -23,6 +23,7 @@ class Block(nn.Module):
     """
 
     attention_norm: RMSNorm
+    attention: Attention
     ffn: nn.Module
 
     @property
@@ -87,8 +88,8 @@ class Transformer(nn.Module):
 
     def _blocks(self, tokens: torch.Tensor, cache: KVCache, opens: bool) -> torch.Tensor:
         x = embed(tokens, self.embedding, scale=self.config.embedding_scale)  # [T, D]
-        for block in self.blocks:
-            x = block(_on(x, cast(Block, block).device), cache, opens)
+        for block in self.layers:
+            x = block(_on(x, block.device), cache, opens)
         return x
 
     def _make_room(self, tokens: torch.Tensor, cache: KVCache) -> None:
@@ -98,7 +99,12 @@ class Transformer(nn.Module):
             rope.reserve(cache.length + tokens.shape[0])
 
     def new_cache(self) -> KVCache:
-        return KVCache(self.config, self.context, [cast(Block, block).device for block in self.blocks])
+        return KVCache(self.config, self.context, [block.device for block in self.layers])
+
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks, in order."""
+        return cast(list[Block], list(self.blocks))
 
     def ffns(self) -> list[nn.Module]:
         return [block.ffn for block in self.blocks]  # type: ignore[misc]
