@@ -301,8 +301,9 @@ class InputActivity(Activity):
         self.inputs, self.hidden = self.totals.unbind()
 
     def move(self, put: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().move(put)
-        self.inputs, self.hidden = self.totals.unbind()
+        with torch.inference_mode(False):
+            super().move(put)
+            self.inputs, self.hidden = self.totals.unbind()
 
     @property
     def active(self) -> float:

@@ -289,7 +289,7 @@ def sparsify_inputs(
 
 def _hybrid(sparse: SparseFFN, plan: Plan, layer: int, lane: Lane | None) -> HybridFFN:
     hot, cold = plan.split(layer)
-    return HybridFFN(sparse.shard(hot), sparse.shard(cold, compensated=False), lane)
+    return HybridFFN.of(sparse, hot, [cold], lane, one_predictor=plan.layers[layer].predictor == "gpu")
 
 
 def down_error(model: Transformer) -> float:

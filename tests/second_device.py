@@ -37,7 +37,12 @@ class There(torch.Tensor):
     @staticmethod
     def __new__(cls, here: torch.Tensor) -> There:
         one = torch.Tensor._make_wrapper_subclass(
-            cls, here.shape, strides=here.stride(), storage_offset=here.storage_offset(), dtype=here.dtype, device="meta"
+            cls,
+            here.shape,
+            strides=here.stride(),
+            storage_offset=here.storage_offset(),
+            dtype=here.dtype,
+            device="meta",
         )
         one.here = here
         return one
@@ -57,24 +62,40 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     result = func(*tree_map(_here, args), **tree_map(_here, kwargs))
     if name == "aten::copy_":
         return args[0]
-    there = device == ELSEWHERE if device is not None else ELSEWHERE in where or any(
-        isinstance(one, There) for one in tree_flatten((args, kwargs))[0]
+    there = (
+        device == ELSEWHERE
+        if device is not None
+        else ELSEWHERE in where or any(isinstance(one, There) for one in tree_flatten((args, kwargs))[0])
     )
     return tree_map(_there, result) if there else result
 
 
 def _here(value: Any) -> Any:
-    if isinstance(value, There):
-        return value.here
-    return dataclasses.replace(value, blocks=value.blocks.here) if _is_there(value) else value
+    return value.here if isinstance(value, There) else _fields(value, _here)
 
 
 def _there(value: Any) -> Any:
-    return There(value) if isinstance(value, torch.Tensor) and not isinstance(value, There) else value
+    wanted = isinstance(value, torch.Tensor) and not isinstance(value, There)
+    return There(value) if wanted else _fields(value, _there)
 
 
-def _is_there(value: Any) -> bool:
-    return isinstance(value, QuantTensor) and isinstance(value.blocks, There)
+def _fields(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A dataclass (a weight, a list of neurons) with its fields changed; anything else as it is."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, (type, Op)):
+        return value
+    return dataclasses.replace(
+        value, **{one.name: change(getattr(value, one.name)) for one in dataclasses.fields(value)}
+    )
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    for leaf in tree_flatten(value)[0]:
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf)
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, (type, Op)):
+            found += _tensors([getattr(leaf, one.name) for one in dataclasses.fields(leaf)])
+    return found
 
 
 class _Mode(TorchDispatchMode):
@@ -89,8 +110,7 @@ def second_device() -> Iterator[list[str]]:
     call = Op.__call__
 
     def checked(op: Op, *args: Any, **kwargs: Any) -> Any:
-        leaves = [*tree_flatten((args, kwargs))[0]]
-        where = {one.device for one in leaves if isinstance(one, (torch.Tensor, QuantTensor))}
+        where = {one.device for one in _tensors((args, kwargs))}
         if len(where) != 1:
             raise WrongDevice(f"op {op.name} of tensors on {', '.join(sorted(map(str, where)))}")
         result = call(op, *tree_map(_here, args), **tree_map(_here, kwargs))
