@@ -6,7 +6,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -37,11 +37,11 @@ class Prediction(NamedTuple):
 
 def split_prediction(whole: Prediction, sizes: tuple[int, ...]) -> list[Prediction]:
     """A prediction by parts, of the first sizes[0] neurons, the next sizes[1] and so on, each numbered from 0."""
-    bounds = [0, *accumulate(sizes)]
+    lists = split_active(whole.active.indices, whole.active.count, sizes)
     parts = []
-    for active, first, last in zip(split_active(whole.active, sizes), bounds, bounds[1:], strict=True):
-        mask, values = (None if one is None else one[:, first:last] for one in (whole.mask, whole.gate_values))
-        parts.append(Prediction(active, mask, values, None if whole.shift is None else whole.shift[first:last]))
+    for active, (first, end) in zip(lists, pairwise([0, *accumulate(sizes)]), strict=True):
+        mask, values = (None if one is None else one[:, first:end] for one in (whole.mask, whole.gate_values))
+        parts.append(Prediction(active, mask, values, None if whole.shift is None else whole.shift[first:end]))
     return parts
 
 

@@ -5,17 +5,18 @@ from typing import Any
 import torch
 
 from pinfer.kernels.registry import Op
-from pinfer.kernels.select_active.reference import Active, listed
+from pinfer.kernels.select_active.reference import listed
 from pinfer.kernels.split_active.reference import split_active as reference
 
 
 def _make_inputs(generator: torch.Generator, *, sizes: tuple[int, ...], density: float) -> dict[str, Any]:
     flags = torch.rand(sum(sizes), generator=generator, device=generator.device) < density
-    return {"active": listed(flags), "sizes": sizes}
+    active = listed(flags)
+    return {"indices": active.indices, "count": active.count, "sizes": sizes}
 
 
-def _bytes_moved(active: Active, sizes: tuple[int, ...]) -> int:
-    return 4 * (2 * int(active.count) + 1 + len(sizes))
+def _bytes_moved(indices: torch.Tensor, count: torch.Tensor, sizes: tuple[int, ...]) -> int:
+    return 4 * (2 * int(count) + 1 + len(sizes))
 
 
 OP = Op(

@@ -38,15 +38,15 @@ def _split_active_kernel(indices_ptr, count_ptr, out_ptr, out_count_ptr, first, 
         tl.store(out_count_ptr, total)
 
 
-def split_active(active: Active, sizes: tuple[int, ...]) -> tuple[Active, ...]:
-    check_inputs(active, sizes)
-    device = active.indices.device
-    indices = torch.empty(active.indices.numel(), dtype=torch.int32, device=device)
-    parts = parts_of(indices, torch.empty(len(sizes), dtype=torch.int32, device=device), sizes)
+def split_active(indices: torch.Tensor, count: torch.Tensor, sizes: tuple[int, ...]) -> tuple[Active, ...]:
+    check_inputs(indices, count, sizes)
+    device = indices.device
+    out = torch.empty(indices.numel(), dtype=torch.int32, device=device)
+    parts = parts_of(out, torch.empty(len(sizes), dtype=torch.int32, device=device), sizes)
     first = 0
     for part, size in zip(parts, sizes, strict=True):
         _split_active_kernel[(max(1, triton.cdiv(size, BLOCK)),)](
-            active.indices, active.count, part.indices, part.count, first, first + size,
+            indices, count, part.indices, part.count, first, first + size,
             BLOCK=BLOCK, num_warps=NUM_WARPS, num_stages=1,
         )  # fmt: skip
         first += size

@@ -9,23 +9,23 @@ import torch
 from pinfer.kernels.select_active.reference import Active, listed
 
 
-def split_active(active: Active, sizes: tuple[int, ...]) -> tuple[Active, ...]:
+def split_active(indices: torch.Tensor, count: torch.Tensor, sizes: tuple[int, ...]) -> tuple[Active, ...]:
     """The list of the first sizes[0] neurons, of the next sizes[1] and so on, each numbered from 0.
 
-    active: of as many neurons as all sizes together; its list is ascending. ValueError for other sizes.
+    indices, count: an `Active` list of as many neurons as all sizes together. ValueError for other sizes.
     """
-    check_inputs(active, sizes)
-    flags = torch.zeros(active.indices.numel(), dtype=torch.bool, device=active.indices.device)
-    flags[active.indices[: int(active.count)].long()] = True
+    check_inputs(indices, count, sizes)
+    flags = torch.zeros(indices.numel(), dtype=torch.bool, device=indices.device)
+    flags[indices[: int(count)].long()] = True
     return tuple(listed(part) for part in flags.split(sizes))
 
 
-def check_inputs(active: Active, sizes: tuple[int, ...]) -> None:
+def check_inputs(indices: torch.Tensor, count: torch.Tensor, sizes: tuple[int, ...]) -> None:
     """ValueError unless the list is int32 and as long as the parts; every implementation calls it."""
-    if active.indices.dtype != torch.int32 or active.count.dtype != torch.int32:
+    if indices.dtype != torch.int32 or count.dtype != torch.int32:
         raise ValueError("the active list must be int32 indices with an int32 count")
-    if not sizes or min(sizes) < 0 or sum(sizes) != active.indices.numel():
-        raise ValueError(f"parts of {list(sizes)} neurons do not make up the {active.indices.numel()} of the list")
+    if not sizes or min(sizes) < 0 or sum(sizes) != indices.numel():
+        raise ValueError(f"parts of {list(sizes)} neurons do not make up the {indices.numel()} of the list")
 
 
 def parts_of(indices: torch.Tensor, counts: torch.Tensor, sizes: tuple[int, ...]) -> tuple[Active, ...]:
