@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from pinfer.placement.plan import LayerPlan, Place, Plan
+from pinfer.placement.plan import Place, Plan, PredictorPlace
 from pinfer.placement.shape import FLOAT_BYTES, LayerShape, ModelShape
 
 # A buffer [T, N] of gate products, one of up products, one of h; x, its norm, the residual, queries and the sum [T, D].
@@ -71,7 +71,7 @@ def memory(shape: ModelShape, plan: Plan, context: int, reserves: Reserves | Non
     sides: tuple[tuple[dict[str, int], Place], ...] = ((gpu, "gpu"), (cpu, "cpu"))
     for layer, one in zip(shape.layers, plan.layers, strict=True):
         for items, place in sides:
-            for name, count in layer_items(layer, one, place, context).items():
+            for name, count in placed_items(layer, one.attention, one.predictor, one.n_hot, place, context).items():
                 items[name] += count
     (gpu if plan.head == "gpu" else cpu)["head"] += shape.head(plan.head)
     cpu["embedding"] = shape.embedding_bytes
@@ -84,19 +84,21 @@ def memory(shape: ModelShape, plan: Plan, context: int, reserves: Reserves | Non
     return Memory(MappingProxyType(gpu), MappingProxyType(cpu))
 
 
-def layer_items(layer: LayerShape, plan: LayerPlan, place: Place, context: int) -> dict[str, int]:
-    """A layer's bytes on one device, by item."""
+def placed_items(
+    layer: LayerShape, home: Place, predictor: PredictorPlace, n_hot: int, place: Place, context: int
+) -> dict[str, int]:
+    """A layer's bytes on the device `place`, by item; home: where its attention is."""
     here = layer.on(place)
-    n_here = plan.n_hot if place == "gpu" else layer.n_neurons - plan.n_hot
-    predicts_for = {place: layer.n_neurons, "split": n_here}.get(plan.predictor, 0)
+    n_here = n_hot if place == "gpu" else layer.n_neurons - n_hot
+    predicts_for = n_here if predictor == "split" else layer.n_neurons if predictor == place else 0
     own = here.always_bytes if layer.own_predictor else 0
-    at_home = plan.attention == place
+    at_home = home == place
     return {
         "attention": here.attention_bytes if at_home else 0,
         "kv": here.kv_bytes(context) if at_home else 0,
         "predictor": (here.shared_bytes if predicts_for else 0) + own * predicts_for,
         "neurons": (here.neuron_bytes - own) * n_here,
-        "compensation": here.compensation_bytes if (plan.n_hot > 0) == (place == "gpu") else 0,
+        "compensation": here.compensation_bytes if (n_hot > 0) == (place == "gpu") else 0,
     }
 
 

@@ -193,7 +193,10 @@ def _copy_s(problem: Problem, count: int, to: Place) -> float:
 
 
 def hot_prefix(rates: np.ndarray, count: int) -> torch.Tensor:
-    """bool [N]: the `count` neurons of the highest rates, among equals the lower number first."""
-    hot = np.zeros(len(rates), dtype=bool)
-    hot[np.argsort(-rates, kind="stable")[:count]] = True
+    """bool [N]: the `count` neurons of the highest rates float64 [N], among equals the lower number first."""
+    if count == 0:
+        return torch.zeros(len(rates), dtype=torch.bool)
+    last = np.partition(rates, len(rates) - count)[len(rates) - count]
+    hot = rates > last
+    hot[np.flatnonzero(rates == last)[: count - int(hot.sum())]] = True
     return torch.from_numpy(hot)
