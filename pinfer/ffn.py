@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial, reduce
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -18,8 +19,8 @@ from torch import nn
 from pinfer.kernels.ops import add, glu, input_sparse_matmul, quant_matmul, sparse_ffn, tally, tally_kept
 from pinfer.kernels.select_active import Active
 from pinfer.kernels.tuning import expect_density
-from pinfer.overlap import Lane
-from pinfer.predictors import InputThreshold, Prediction, Predictor
+from pinfer.overlap import Cold, Given, Lane, Traffic
+from pinfer.predictors import InputThreshold, Prediction, Predictor, split_prediction
 from pinfer.predictors.input_threshold import KEEP_ALL
 from pinfer.quant import QuantTensor
 
@@ -63,6 +64,11 @@ class Activity:
 
     def reset(self) -> None:
         self.totals.zero_()
+
+    def move(self, put: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Go on counting in what `put` makes of `totals`, on the device that computes."""
+        with torch.inference_mode(False):
+            self.totals = put(self.totals)
 
     @property
     def active(self) -> float:
@@ -127,6 +133,15 @@ class SparseFFN(nn.Module):
                 shift=prediction.shift,
             )
 
+    @property
+    def traffic(self) -> Traffic:
+        """The bytes that a token reads of weights, for lanes that time themselves by them."""
+        weights = self.weights
+        gate = weights.gate.nbytes if self.predictor.reads_gate else 0
+        total = sum(one.nbytes for one in (weights.gate, weights.up, weights.down) if one is not None)
+        rows = (total - gate) // max(1, weights.n_neurons)
+        return Traffic(self.predictor.own_bytes + gate, rows, self.activity.totals)
+
     def everything(self) -> Prediction:
         """The prediction that names every neuron."""
         device, count = self.weights.gate.device, self.weights.n_neurons
@@ -137,7 +152,10 @@ class SparseFFN(nn.Module):
         """The same for some of the neurons (int64 [H]); of all shards, one is to be compensated."""
         predictor = self.predictor.shard(neurons)
         predictor.compensation = self.predictor.compensation if compensated else None
-        return SparseFFN(self.weights.shard(neurons), predictor, self.activation)
+        weights = self.weights.shard(neurons)
+        if isinstance(getattr(predictor, "gate", None), QuantTensor):
+            vars(predictor)["gate"] = weights.gate  # the rows are there once
+        return SparseFFN(weights, predictor, self.activation)
 
 
 def _with_compensation(y: torch.Tensor, x: torch.Tensor, predictor: Predictor) -> torch.Tensor:
@@ -163,11 +181,84 @@ class HybridFFN(nn.Module):
         self.hot, self.cold = hot, nn.ModuleList([cold] if isinstance(cold, SparseFFN) else cold)
         self.lane, self.predictor = lane, predictor
 
+    @classmethod
+    def of(
+        cls,
+        whole: SparseFFN,
+        hot: torch.Tensor,
+        cold: Sequence[torch.Tensor],
+        lane: Lane | None = None,
+        *,
+        one_predictor: bool = False,
+    ) -> HybridFFN:
+        """The shards of an FFN, each by its neurons' numbers int64 [H]; together they are to be all of them.
+
+        one_predictor: whether the hot shard's device predicts for all.
+        """
+        if not one_predictor:
+            shards = [whole.shard(part, compensated=i == 0) for i, part in enumerate((hot, *cold))]
+            return cls(shards[0], shards[1:], lane)
+        order = torch.cat([hot, *cold])
+        predictor = whole.predictor.shard(order)
+        predictor.compensation = whole.predictor.compensation
+        shards = [SparseFFN(whole.weights.shard(part), predictor, whole.activation) for part in (hot, *cold)]
+        return cls(shards[0], shards[1:], lane, predictor)
+
     def forward(self, x: torch.Tensor, residual: torch.Tensor, opens: bool = False) -> torch.Tensor:
-        y = self.hot(x, residual, opens)
-        for shard in self.cold:
-            y = add(y, shard(x, residual, opens))
-        return y
+        if self.predictor is None:
+            return self._together(
+                partial(self.hot, x, residual, opens),
+                [Cold(partial(shard, opens=opens), (x, residual), shard.traffic) for shard in self._cold],
+            )
+        if not (opens and self.predictor.opens_dense):
+            return self._predicted(x, residual)
+        first = self._named(x[:1], [shard.everything() for shard in (self.hot, *self._cold)])
+        return torch.cat([first, self._predicted(x[1:], residual[1:])]) if x.shape[0] > 1 else first
+
+    def _predicted(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        assert self.predictor is not None
+        sizes = tuple(shard.weights.n_neurons for shard in (self.hot, *self._cold))
+        y = self._named(x, split_prediction(self.predictor(x, residual), sizes))
+        return _with_compensation(y, x, self.predictor)
+
+    def _named(self, x: torch.Tensor, named: Sequence[Prediction]) -> torch.Tensor:
+        """The neurons that are named for each shard, hot first."""
+        hot, *rest = named
+        return self._together(
+            lambda: self.hot.compute(x, hot),
+            [
+                Cold(partial(_compute_given, shard), (x, *_given(one)), shard.traffic)
+                for shard, one in zip(self._cold, rest, strict=True)
+            ],
+        )
+
+    def _together(self, hot: Callable[[], torch.Tensor], cold: Sequence[Cold]) -> torch.Tensor:
+        if self.lane is None:
+            results = [hot(), *(part.work(*part.given) for part in cold)]
+        else:
+            results = self.lane.run(hot, cold, self.hot.traffic)
+        return reduce(add, results)
+
+    @property
+    def _cold(self) -> list[SparseFFN]:
+        return cast(list[SparseFFN], list(self.cold))
+
+
+def _given(named: Prediction) -> Given:
+    """A prediction as tensors, which a lane can copy."""
+    return named.active.indices, named.active.count, named.mask, named.gate_values, named.shift
+
+
+def _compute_given(
+    shard: SparseFFN,
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    count: torch.Tensor,
+    mask: torch.Tensor | None,
+    gate_values: torch.Tensor | None,
+    shift: torch.Tensor | None,
+) -> torch.Tensor:
+    return shard.compute(x, Prediction(Active(indices, count), mask, gate_values, shift))
 
 
 Kept = TypeVar("Kept", float, torch.Tensor)
@@ -208,6 +299,11 @@ class InputActivity(Activity):
         super().__init__(weights.down.rows, weights.gate.device, (2, 2))
         self._n_inputs, self._of_inputs = weights.gate.rows, 1 if weights.up is None else 2  # matrices that inputs meet
         self.inputs, self.hidden = self.totals.unbind()
+
+    def move(self, put: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        with torch.inference_mode(False):
+            super().move(put)
+            self.inputs, self.hidden = self.totals.unbind()
 
     @property
     def active(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,10 +10,10 @@ from pinfer.config import Method, ModelConfig
 from pinfer.formats.gguf import GGUFFile
 from pinfer.kernels.transpose import transposed_type
 from pinfer.placement import LayerShape, ModelShape
+from pinfer.placement.shape import FLOAT_BYTES, row_bytes
 from pinfer.predictors import LowRank, Predictor, SignBits, WeightedThreshold
-from pinfer.quant import F16, Q5_0, Layout, QuantTensor, QuantType, planes_row_bytes
+from pinfer.quant import F16, Q5_0, Layout, QuantTensor
 
-FLOAT_BYTES = 4
 READS_ALL: tuple[Method, ...] = ("dense", "input_threshold")  # no neuron is split off, or skipped as a whole
 READS_GATE: tuple[Method, ...] = ("exact", "gate_threshold", "weighted_threshold", "shift_threshold")
 
@@ -31,54 +32,60 @@ def model_shape(
     config: ModelConfig,
     method: Method,
     predictors: Sequence[Predictor] | None = None,
-    layout: Layout = "blocks",
+    *,
+    rearranged: bool = True,
 ) -> ModelShape:
     """The bytes of a model under a resolved method, layer by layer, as they will lie in memory; reads no weights.
 
     predictors: one a layer, of a solved directory; low_rank and sign_bits need them, for other methods their sizes
-    are known without. layout: "planes" where Triton computes, whose rows are a little longer. Sliding layers count
-    the whole context's keys and values, which is what their cache reserves. ValueError where predictors are missing.
+    are known without. rearranged: whether the GPU has rows in planes, a little longer, as Triton reads them; without
+    it both devices have them as in the file, as an emulated one does. Sliding layers keep the whole context's keys
+    and values, which is what a cache reserves. ValueError where predictors are missing.
     """
     if predictors is None and method in ("low_rank", "sign_bits"):
         raise ValueError(f"the size of {method} predictors is not known before they are made: name a solved directory")
-    layers = tuple(
-        _layer(
-            gguf,
-            config,
-            method,
-            number,
-            _unfitted(method, config) if predictors is None else _measured(predictors[number], layout),
-            layout,
-        )
-        for number in range(config.n_layers)
-    )
-    tied = not gguf.has("output.weight")
-    embedding = _matrix_bytes(gguf, "token_embd.weight", layout)
-    head = embedding if tied else _matrix_bytes(gguf, "output.weight", layout)
+
+    def layer(number: int, layout: Layout) -> LayerShape:
+        predictor = _unfitted(method, config, layout) if predictors is None else _measured(predictors[number], layout)
+        return _layer(gguf, config, method, number, predictor, layout)
+
+    layers = []
+    for number in range(config.n_layers):
+        on_gpu = layer(number, "planes") if rearranged else None
+        layers.append(dataclasses.replace(layer(number, "blocks"), on_gpu=on_gpu))
+    output = "output.weight" if gguf.has("output.weight") else "token_embd.weight"
     norm = FLOAT_BYTES * config.d_model
-    return ModelShape(config.name, layers, head + norm, 0 if tied else embedding, config.d_model, config.vocab_size)
+    return ModelShape(
+        name=config.name,
+        layers=tuple(layers),
+        head_bytes=_matrix_bytes(gguf, output, "blocks") + norm,
+        embedding_bytes=_matrix_bytes(gguf, "token_embd.weight", "blocks") if gguf.has("output.weight") else 0,
+        d_model=config.d_model,
+        vocab_size=config.vocab_size,
+        gpu_head_bytes=_matrix_bytes(gguf, output, "planes") + norm if rearranged else None,
+    )
 
 
 def _layer(
     gguf: GGUFFile, config: ModelConfig, method: Method, number: int, predictor: PredictorBytes, layout: Layout
 ) -> LayerShape:
-    prefix, n = f"blk.{number}.", config.d_ffn
+    prefix = f"blk.{number}."
     others = [name for name in gguf.tensors if name.startswith(prefix) and not _is_ffn(name)]
-    attention = sum(_bytes(gguf, name, layout) for name in others)
-    gate, others_rows, left = _ffn_rows(gguf, config, method, prefix, layout)
-    neuron, reads_all = gate + others_rows + predictor.neuron, method in READS_ALL
-    always = neuron if reads_all else predictor.neuron + (gate if method in READS_GATE else 0)
+    gate, rows, left = _ffn_rows(gguf, config, method, prefix, layout)
+    neuron = gate + rows + predictor.neuron
+    read = gate + rows if method in READS_ALL else gate if method in READS_GATE else 0
     return LayerShape(
-        attention_bytes=attention + left,
+        attention_bytes=sum(_bytes(gguf, name, layout) for name in others) + left,
         kv_position_bytes=2 * config.n_kv_heads * config.head_dim * FLOAT_BYTES,
         kv_positions=None,
-        n_neurons=n,
+        n_neurons=config.d_ffn,
         neuron_bytes=neuron,
-        always_bytes=always,
-        active_bytes=neuron - always,
+        always_bytes=read + predictor.neuron,
+        active_bytes=gate + rows - read,
         shared_bytes=predictor.shared,
         compensation_bytes=predictor.compensation,
         own_predictor=predictor.own,
+        kv_window=config.sliding_window if config.is_sliding(number) else None,
     )
 
 
@@ -101,15 +108,15 @@ def _ffn_rows(gguf: GGUFFile, config: ModelConfig, method: Method, prefix: str, 
     return whole[0] // n, sum(whole) // n - whole[0] // n, sum(whole) % n
 
 
-def _unfitted(method: Method, config: ModelConfig) -> PredictorBytes:
+def _unfitted(method: Method, config: ModelConfig, layout: Layout) -> PredictorBytes:
     """What a method's predictor has where all of it follows from the model."""
     if method in READS_ALL:
-        return PredictorBytes()
+        return PredictorBytes(shared=4 * FLOAT_BYTES if method == "input_threshold" else 0)
     if method == "weighted_threshold":
         return PredictorBytes(neuron=FLOAT_BYTES)
     if method == "shift_threshold":
         kind = F16 if config.d_model % Q5_0.block_size else Q5_0
-        return PredictorBytes(2 * FLOAT_BYTES, 0, config.d_model * kind.row_bytes(config.d_model))
+        return PredictorBytes(2 * FLOAT_BYTES, 0, config.d_model * row_bytes(kind, config.d_model, layout))
     return PredictorBytes(shared=FLOAT_BYTES)
 
 
@@ -127,11 +134,6 @@ def _measured(predictor: Predictor, layout: Layout) -> PredictorBytes:
     if isinstance(predictor, SignBits):
         return PredictorBytes(predictor.signs.shape[1] * predictor.signs.element_size(), shared, compensation, True)
     return PredictorBytes(vectors, shared, compensation)
-
-
-def row_bytes(kind: QuantType, columns: int, layout: Layout) -> int:
-    """A row of a matrix in that layout."""
-    return planes_row_bytes(kind, columns) if layout == "planes" else kind.row_bytes(columns)
 
 
 def _weight_bytes(weight: QuantTensor, layout: Layout) -> int:

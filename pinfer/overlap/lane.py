@@ -27,20 +27,21 @@ class Cold:
 
     work: Callable[..., torch.Tensor]
     given: Given
+    traffic: Traffic
 
 
 class Lane(ABC):
     """Runs `hot` on the device and every cold part on the CPU, beside each other where it can.
 
-    A lane outlives a model and may serve several, one forward pass at a time. `close` ends its threads;
-    so does forgetting it.
+    A lane outlives a model and may serve several. `close` ends its threads; so does forgetting it.
     """
 
     @abstractmethod
     def run(self, hot: Callable[[], torch.Tensor], cold: Sequence[Cold], traffic: Traffic) -> list[torch.Tensor]:
-        """The results on the device, hot first. An exception of any part is raised when none runs any more.
+        """The results on the device, float32 [T, D] each, hot first; `traffic` is the hot part's.
 
-        RuntimeError where a part fails or does not end within the lane's time.
+        An exception of a part is raised when none of them runs any more. RuntimeError where a part fails or does
+        not end within the lane's time; ValueError for more cold parts than the lane serves.
         """
 
     @abstractmethod
