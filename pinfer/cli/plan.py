@@ -72,7 +72,9 @@ CpuEfficiency = Annotated[
     float | None, typer.Option("--cpu-efficiency", help="Of its bandwidth; 0.75, 1 with --ideal.")
 ]
 Context = Annotated[int, typer.Option("-c", "--ctx-size", help="Positions to reserve keys and values for.")]
-Depth = Annotated[int, typer.Option("--depth", help="Positions already filled when the token is decoded.")]
+Depth = Annotated[
+    int | None, typer.Option("--depth", help="Positions filled when a token is decoded; half the context if left out.")
+]
 GpuLayers = Annotated[
     int | None,
     typer.Option(
@@ -113,7 +115,7 @@ def plan_command(
     gpu_efficiency: GpuEfficiency = None,
     cpu_efficiency: CpuEfficiency = None,
     ctx_size: Context = DEFAULT_CONTEXT,
-    depth: Depth = 0,
+    depth: Depth = None,
     gpu_layers: GpuLayers = None,
     ideal: Ideal = False,
     explain: Explain = False,
@@ -125,37 +127,24 @@ def plan_command(
 ) -> None:
     """Place a model's neurons on GPU and CPU, and predict its speed; no weights are read."""
     asked = HardwareOptions(
-        gpu,
-        gpu_memory_gb,
-        gpu_bandwidth,
-        ram,
-        ram_bandwidth,
-        pcie_bandwidth,
-        sync_us,
-        gpu_efficiency,
-        cpu_efficiency,
-        ideal,
-    )
+        gpu=gpu, gpu_memory_gb=gpu_memory_gb, gpu_bandwidth=gpu_bandwidth, ram=ram, ram_bandwidth=ram_bandwidth,
+        pcie_bandwidth=pcie_bandwidth, sync_us=sync_us, gpu_efficiency=gpu_efficiency, cpu_efficiency=cpu_efficiency,
+        ideal=ideal,
+    )  # fmt: skip
     if guide:
         show_guide(list(guide_rows(1e9 * (ram_bandwidth or DEFAULT_GUIDE_BANDWIDTH), asked.reach)), json)
         return
-    subject_options = SubjectOptions(
-        model,
-        predictor_path,
-        shape,
-        type,
-        skew,
-        density,
-        from_run,
-        method,
-        predictor_gb,
-        predictor_rank,
-        over_prediction,
-    )
+    wanted = SubjectOptions(
+        model=model, predictor_path=predictor_path, shape=shape, type=type, down=down, skew=skew, density=density,
+        from_run=from_run, method=method, predictor_gb=predictor_gb, predictor_rank=predictor_rank,
+        over_prediction=over_prediction,
+    )  # fmt: skip
     finder = Finder(asked)
     hardware, budget = finder.hardware(), finder.budget_bytes()
-    subject = find_subject(subject_options, asked.reach.over_prediction)
-    problem = Problem(subject.shape, subject.rates, hardware, ctx_size, budget, depth, gpu_layers or 0)
+    subject = find_subject(wanted, asked.reach.over_prediction)
+    problem = Problem(
+        subject.shape, subject.rates, hardware, ctx_size, budget, _filled(ctx_size, depth), gpu_layers or 0
+    )
     report = Report.of(problem, subject, compare, explain)
     found = figures(report)
     if output is not None:
@@ -168,6 +157,15 @@ def plan_command(
         emit_json(found)
     else:
         print_report(report)
+
+
+def _filled(context: int, depth: int | None) -> int:
+    """Positions to plan for: a conversation that fills its context has half of it filled on the mean."""
+    if context < 1:
+        raise ValueError(f"--ctx-size must be at least 1, not {context}")
+    if depth is not None and not 0 <= depth <= context:
+        raise ValueError(f"--depth must lie in [0, {context}], the context, not {depth}")
+    return context // 2 if depth is None else depth
 
 
 def summary(found: dict[str, Any]) -> dict[str, Any]:

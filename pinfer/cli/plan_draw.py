@@ -7,7 +7,7 @@ from math import ceil
 
 from rich.text import Text
 
-from pinfer.placement.memory import layer_items
+from pinfer.placement.memory import placed_items
 from pinfer.placement.plan import Plan
 from pinfer.placement.problem import LayerTime, Problem
 
@@ -29,11 +29,12 @@ LEGEND = "A attention, K keys and values, P predictor, █ hot neurons; on the C
 
 def layer_bytes(problem: Problem, plan: Plan) -> list[list[int]]:
     """Bytes of every layer in the order of PARTS."""
-    return [
-        [sum(items[device][name] for name in names) for device, names, _, _ in PARTS]
-        for layer, one in zip(problem.shape.layers, plan.layers, strict=True)
-        for items in [{place: layer_items(layer, one, place, problem.context) for place in ("gpu", "cpu")}]
-    ]
+    rows = []
+    for layer, one in zip(problem.shape.layers, plan.layers, strict=True):
+        where = layer, one.attention, one.predictor, one.n_hot
+        gpu, cpu = placed_items(*where, "gpu", problem.context), placed_items(*where, "cpu", problem.context)
+        rows.append([sum((gpu if place == "gpu" else cpu)[name] for name in names) for place, names, _, _ in PARTS])
+    return rows
 
 
 def draw(problem: Problem, plan: Plan, times: Sequence[LayerTime]) -> Iterator[Text]:

@@ -45,7 +45,7 @@ class Report:
     subject: Subject
     solution: Solution
     simulation: Simulation
-    full_tokens_per_s: float  # with the whole context filled
+    by_depth: dict[int, float]  # tokens/s with none, half and all of the context filled
     rivals: dict[str, Rival]  # the dense layer split is always there
     explanation: tuple[str, ...]
 
@@ -53,12 +53,15 @@ class Report:
     def of(cls, problem: Problem, subject: Subject, compare: bool, explain: bool) -> Report:
         """Solve and compare. ValueError where nothing fits."""
         solution = solve(problem)
-        full = evaluate(dataclasses.replace(problem, filled=None), solution.plan).total_s
+        depths = (0, problem.context // 2, problem.context)
+        by_depth = {
+            one: 1 / evaluate(dataclasses.replace(problem, filled=one), solution.plan).total_s for one in depths
+        }
         dense = dataclasses.replace(problem, shape=subject.dense, rates=dense_rates(subject.dense), gpu_layers=0)
         rivals = {name: _rival(problem, place) for name, place in BASELINES.items()} if compare else {}
         rivals["dense_layers"] = _rival(dense, dense_layers)
         said = ()
-        return cls(problem, subject, solution, simulate(problem, solution.plan), 1 / full, rivals, said)
+        return cls(problem, subject, solution, simulate(problem, solution.plan), by_depth, rivals, said)
 
     @property
     def title(self) -> str:
@@ -91,7 +94,7 @@ def figures(report: Report) -> dict[str, Any]:
         "depth": problem.positions,
         "tokens_per_s": solution.tokens_per_s,
         "token_s": solution.token_s,
-        "tokens_per_s_at_context": report.full_tokens_per_s,
+        "tokens_per_s_by_depth": {str(depth): speed for depth, speed in report.by_depth.items()},
         "dense_split_tokens_per_s": report.dense,
         "speedup": solution.tokens_per_s / report.dense,
         "gap": solution.gap,
@@ -124,8 +127,8 @@ def print_report(report: Report) -> None:
         out.print(printable(line))
     out.print(_memory(report))
     out.print(_comparison(report))
-    for line in draw(problem, solution.plan, report.simulation.time.layers):
-        out.print(line, no_wrap=True, overflow="ignore")
+    for bar in draw(problem, solution.plan, report.simulation.time.layers):
+        out.print(bar, no_wrap=True, overflow="ignore")
     for remark in report.explanation:
         out.print(printable(f"- {remark}"))
 
@@ -145,9 +148,9 @@ def _setting(report: Report) -> list[str]:
 def _speed(report: Report) -> list[str]:
     solution, simulation = report.solution, report.simulation
     return [
-        f"{solution.tokens_per_s:.1f} tokens/s, {1e3 * solution.token_s:.2f} ms a token "
-        f"({report.full_tokens_per_s:.1f} with the context filled); "
-        f"{solution.tokens_per_s / report.dense:.1f}x the dense layer split's {report.dense:.2f}",
+        f"{solution.tokens_per_s:.1f} tokens/s, {1e3 * solution.token_s:.2f} ms a token, "
+        f"{solution.tokens_per_s / report.dense:.1f}x the dense layer split's {report.dense:.2f}; "
+        + ", ".join(f"{speed:.1f} at {depth} positions" for depth, speed in report.by_depth.items()),
         f"of a token the GPU works {100 * simulation.busy('gpu'):.0f} %, the CPU {100 * simulation.busy('cpu'):.0f} %, "
         f"hand-overs take {100 * simulation.busy('link'):.0f} %; tokens that name more and fewer neurons "
         f"than the mean add {1e6 * simulation.spread_s:.0f} µs",

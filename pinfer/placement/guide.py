@@ -45,12 +45,13 @@ GPU_LAYERS = 20
 THROUGHPUT = {"3090": (8, 12), "4090": (12, 18), "a10040": (35, 45), "a10080": (50, 60)}
 FULL_PRECISION = "a10080"
 
-Verdict = Literal["agrees", "too low", "too high", "impossible"]
+Verdict = Literal["agrees", "possible", "too little", "too many", "room left", "slower", "faster", "impossible"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure. ours: a number in `unit`. why: the number that a verdict rests on, empty where it agrees."""
+    """One figure. ours: a number in `unit`. verdict: on the guide's figure; impossible where no engine could reach it.
+    why: the numbers that it rests on."""
 
     table: str
     item: str
@@ -77,7 +78,7 @@ def vram() -> Iterator[Row]:
         plan = Plan.uniform(len(shape.layers), _width(shape), 1.0)
         ours = memory(shape, plan, CONTEXT).gpu_bytes / GB
         whole = memory(_dense(size), _last(_dense(size), len(shape.layers)), CONTEXT).gpu_bytes / GB
-        verdict: Verdict = "agrees" if ours <= guide * GIB / GB else "too low"
+        verdict: Verdict = "agrees" if ours <= guide * GIB / GB else "too little"
         why = f"all neurons on the CPU, {CONTEXT} positions; the whole model takes {whole:.1f} GB"
         yield Row("least VRAM", size, f"{guide} GB", ours, "GB", verdict, why)
 
@@ -103,9 +104,12 @@ def layers() -> Iterator[Row]:
             shape = _dense(size)
             n_layers, ours = len(shape.layers), fitting_layers(shape, card_gb * GIB)
             wanted = n_layers if guide is None else guide
-            needed = memory(shape, _last(shape, wanted), CONTEXT).gpu_bytes / GB
-            verdict: Verdict = "impossible" if wanted > ours else "too low" if wanted < 0.75 * ours else "agrees"
-            why = "" if verdict == "agrees" else f"{wanted} layers take {needed:.1f} GB of {card_gb * GIB / GB:.1f}"
+            found = memory(shape, _last(shape, wanted), CONTEXT)
+            why = f"{wanted} layers take {found.gpu_bytes / GB:.1f} GB of {card_gb * GIB / GB:.1f}"
+            verdict: Verdict = "room left" if wanted < 0.75 * ours else "agrees"
+            if wanted > ours:
+                why += f", {found.gpu['kv'] / GB:.1f} of them {CONTEXT} keys and values"
+                verdict = "impossible" if wanted / n_layers * _layers_bytes(shape) > card_gb * GIB else "too many"
             said = f"all ({n_layers})" if guide is None else f"{guide} layers"
             yield Row("layers by VRAM", f"{size} on {card_gb} GB", said, ours, f"of {n_layers} layers", verdict, why)
 
@@ -116,7 +120,7 @@ def throughput(reach: Reach) -> Iterator[Row]:
     weights = shape.head_bytes + _layers_bytes(shape)
     left = shape.head_bytes + _layers_bytes(shape) * (len(shape.layers) - GPU_LAYERS) / len(shape.layers)
     implied = CPU_ONLY * weights
-    yield Row(table, "llama.cpp, CPU alone", f"{CPU_ONLY:g} tokens/s", implied / GB, "GB/s", "agrees",
+    yield Row(table, "llama.cpp, CPU alone", f"{CPU_ONLY:g} tokens/s", implied / GB, "GB/s", "possible",
               f"{weights / GB:.1f} GB a token: what memory delivers")  # fmt: skip
     yield Row(table, f"llama.cpp, {GPU_LAYERS} of 80 layers", f"{DENSE_20:g} tokens/s", implied / left, "tokens/s", "impossible",
               f"at most; the CPU reads {left / GB:.1f} GB a token, and {DENSE_20:g} times a second are "
@@ -169,7 +173,7 @@ def _last(shape: ModelShape, count: int) -> Plan:
 
 def _verdict(ours: float, low: float, high: float) -> Verdict:
     """Of a range that the guide gives; a fifth either way still agrees."""
-    return "too low" if high < 0.8 * ours else "too high" if low > 1.25 * ours else "agrees"
+    return "slower" if high < 0.8 * ours else "faster" if low > 1.25 * ours else "agrees"
 
 
 def _problem(hardware: Hardware, reach: Reach) -> Problem:

@@ -18,6 +18,8 @@ from pinfer.placement.plan import LayerPlan, Place, Plan
 from pinfer.placement.problem import LayerTime, Problem, TokenTime, evaluate, speed
 from pinfer.placement.shape import LayerShape
 
+GPU: Place = "gpu"
+CPU: Place = "cpu"
 Part = Literal["attention", "predictor", "hot", "cold", "hand-over", "crossing", "head"]
 
 
@@ -65,13 +67,11 @@ def simulate(problem: Problem, plan: Plan) -> Simulation:
 def _spans(plan: Plan, time: TokenTime) -> Iterator[Span]:
     now = 0.0
     for number, (layer, spent) in enumerate(zip(plan.layers, time.layers, strict=True)):
+        yield from _span(layer.attention, "attention", number, now, spent.attention_s)
+        now += spent.attention_s
         predicts: Place = layer.attention if layer.predictor == "split" else layer.predictor
-        for lane, part, seconds in (
-            (layer.attention, "attention", spent.attention_s),
-            (predicts, "predictor", spent.predictor_s),
-        ):
-            yield from _span(lane, part, number, now, seconds)
-            now += seconds
+        yield from _span(predicts, "predictor", number, now, spent.predictor_s)
+        now += spent.predictor_s
         yield from _span("gpu", "hot", number, now, spent.gpu_s)
         yield from _span("cpu", "cold", number, now, spent.cpu_s)
         now += max(spent.gpu_s, spent.cpu_s)
@@ -92,11 +92,11 @@ def _spread_s(problem: Problem, shape: LayerShape, plan: LayerPlan, rates: np.nd
     """E[max] - max of the means for two independent normals (Clark 1961, "The greatest of a finite set of random
     variables"): sums of many independent neurons are near to normal."""
     hot = plan.hot.numpy()
-    variances = [
-        float((named * (1 - named)).sum()) * (shape.on(place).active_bytes / speed(problem.hardware, place)) ** 2
-        for place, named in (("gpu", rates[hot]), ("cpu", rates[~hot]))
-    ]
-    deviation = math.sqrt(sum(variances))
+    variance = 0.0
+    for place, named in ((GPU, rates[hot]), (CPU, rates[~hot])):
+        each_s = shape.on(place).active_bytes / speed(problem.hardware, place)
+        variance += float((named * (1 - named)).sum()) * each_s**2
+    deviation = math.sqrt(variance)
     if deviation == 0 or not (time.gpu_s > 0 and time.cpu_s > 0):
         return 0.0
     ahead = abs(time.gpu_s - time.cpu_s) / deviation
