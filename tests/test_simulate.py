@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -121,7 +122,7 @@ def test_no_lane_does_two_things_at_once() -> None:
     found = simulate(Small().problem, Small().plan)
     for lane in ("gpu", "cpu", "link"):
         spans = [span for span in found.spans if span.lane == lane]
-        assert all(one.end_s <= after.start_s + 1e-15 for one, after in zip(spans, spans[1:], strict=False))
+        assert all(one.end_s <= after.start_s + 1e-15 for one, after in itertools.pairwise(spans))
         assert 0 < found.busy(lane) < 1
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-
 from pinfer.engine.hardware import Machine, read_machine
 from pinfer.engine.rates import Rates, kept_rates
-from pinfer.placement import Hardware, ModelShape
+from pinfer.placement import Hardware
 from pinfer.placement.named import DERATED, IDEAL, Card, Reach, find_card, find_memory
 
 GB = 1e9
@@ -149,8 +146,3 @@ class Finder:
         if self.options.ram is not None:
             return find_memory(self.options.ram).name
         return "memory" if self.options.ram_bandwidth is not None else "this machine's memory"
-
-
-def dense_rates(shape: ModelShape) -> Sequence[np.ndarray]:
-    """Every neuron at every token."""
-    return [np.ones(layer.n_neurons) for layer in shape.layers]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,10 @@ from rich.table import Table
 
 from pinfer.cli.console import console, printable
 from pinfer.cli.plan_draw import draw
-from pinfer.cli.plan_inputs import dense_rates
 from pinfer.cli.plan_subject import Subject
-from pinfer.placement.baselines import BASELINES, dense_layers
-from pinfer.placement.plan import Plan
+from pinfer.placement import ModelShape
+from pinfer.placement.baselines import dense_layers
+from pinfer.placement.explain import Explanation, Rival, explain, rivals
 from pinfer.placement.problem import Problem, evaluate
 from pinfer.placement.simulate import Simulation, simulate
 from pinfer.placement.solver import Solution, solve
@@ -29,15 +29,6 @@ NAMES = {
 
 
 @dataclass(frozen=True)
-class Rival:
-    """Another placement of the same model on the same machine; None where it does not fit."""
-
-    plan: Plan | None
-    tokens_per_s: float | None
-    gpu_bytes: int | None
-
-
-@dataclass(frozen=True)
 class Report:
     """A problem, its solution and all that is said of it."""
 
@@ -46,22 +37,26 @@ class Report:
     solution: Solution
     simulation: Simulation
     by_depth: dict[int, float]  # tokens/s with none, half and all of the context filled
-    rivals: dict[str, Rival]  # the dense layer split is always there
-    explanation: tuple[str, ...]
+    rivals: tuple[Rival, ...]  # the dense layer split comes last, and is always there
+    unturned_tokens_per_s: float | None  # if down kept the file's type
+    explanation: Explanation | None
 
     @classmethod
-    def of(cls, problem: Problem, subject: Subject, compare: bool, explain: bool) -> Report:
+    def of(cls, problem: Problem, subject: Subject, compare: bool, explained: bool) -> Report:
         """Solve and compare. ValueError where nothing fits."""
         solution = solve(problem)
-        depths = (0, problem.context // 2, problem.context)
         by_depth = {
-            one: 1 / evaluate(dataclasses.replace(problem, filled=one), solution.plan).total_s for one in depths
+            filled: 1 / evaluate(dataclasses.replace(problem, filled=filled), solution.plan).total_s
+            for filled in (0, problem.context // 2, problem.context)
         }
-        dense = dataclasses.replace(problem, shape=subject.dense, rates=dense_rates(subject.dense), gpu_layers=0)
-        rivals = {name: _rival(problem, place) for name, place in BASELINES.items()} if compare else {}
-        rivals["dense_layers"] = _rival(dense, dense_layers)
-        said = ()
-        return cls(problem, subject, solution, simulate(problem, solution.plan), by_depth, rivals, said)
+        unturned = None
+        if compare and subject.unturned is not None:
+            unturned = solve(dataclasses.replace(problem, shape=subject.unturned)).tokens_per_s
+        explanation = explain(problem, solution, subject.dense) if explained else None
+        compared = rivals(problem, solution, subject.dense) if compare else _dense(problem, solution, subject.dense)
+        return cls(
+            problem, subject, solution, simulate(problem, solution.plan), by_depth, compared, unturned, explanation
+        )
 
     @property
     def title(self) -> str:
@@ -70,16 +65,14 @@ class Report:
     @property
     def dense(self) -> float:
         """Tokens/s of the dense layer split."""
-        found = self.rivals["dense_layers"].tokens_per_s
-        assert found is not None  # with no layer on the GPU it always fits
-        return found
+        return self.rivals[-1].tokens_per_s
 
 
-def _rival(problem: Problem, place: Callable[[Problem], Plan | None]) -> Rival:
-    plan = place(problem)
-    if plan is None:
-        return Rival(None, None, None)
-    return Rival(plan, 1 / evaluate(problem, plan).total_s, problem.memory(plan).gpu_bytes)
+def _dense(problem: Problem, solution: Solution, shape: ModelShape) -> tuple[Rival]:
+    """The dense layer split alone."""
+    own, plan = dense_layers(problem, shape)
+    seconds = evaluate(own, plan).total_s
+    return (Rival("dense_layers", seconds, own.memory(plan).gpu_bytes, seconds / solution.token_s - 1),)
 
 
 def figures(report: Report) -> dict[str, Any]:
@@ -95,6 +88,7 @@ def figures(report: Report) -> dict[str, Any]:
         "tokens_per_s": solution.tokens_per_s,
         "token_s": solution.token_s,
         "tokens_per_s_by_depth": {str(depth): speed for depth, speed in report.by_depth.items()},
+        "tokens_per_s_with_down_as_in_file": report.unturned_tokens_per_s,
         "dense_split_tokens_per_s": report.dense,
         "speedup": solution.tokens_per_s / report.dense,
         "gap": solution.gap,
@@ -108,9 +102,10 @@ def figures(report: Report) -> dict[str, Any]:
         "memory": {"gpu": dict(solution.memory.gpu), "cpu": dict(solution.memory.cpu)},
         "head": solution.plan.head,
         "baselines": {
-            name: {"tokens_per_s": rival.tokens_per_s, "gpu_bytes": rival.gpu_bytes} for name, rival in report.rivals.items()
+            one.name: {"tokens_per_s": one.tokens_per_s, "gpu_bytes": one.gpu_bytes, "as_good": one.as_good}
+            for one in report.rivals
         },
-        "explanation": list(report.explanation),
+        "explanation": report.explanation and report.explanation.to_plain(),
         "layers": [
             {"attention": one.attention, "predictor": one.predictor, "hot": one.n_hot, "neurons": one.hot.numel()}
             | dataclasses.asdict(time)
@@ -129,8 +124,8 @@ def print_report(report: Report) -> None:
     out.print(_comparison(report))
     for bar in draw(problem, solution.plan, report.simulation.time.layers):
         out.print(bar, no_wrap=True, overflow="ignore")
-    for remark in report.explanation:
-        out.print(printable(f"- {remark}"))
+    for line in report.explanation.lines(solution) if report.explanation else ():
+        out.print(printable(line))
 
 
 def _setting(report: Report) -> list[str]:
@@ -145,17 +140,21 @@ def _setting(report: Report) -> list[str]:
     ]
 
 
-def _speed(report: Report) -> list[str]:
+def _speed(report: Report) -> Iterator[str]:
     solution, simulation = report.solution, report.simulation
-    return [
-        f"{solution.tokens_per_s:.1f} tokens/s, {1e3 * solution.token_s:.2f} ms a token, "
-        f"{solution.tokens_per_s / report.dense:.1f}x the dense layer split's {report.dense:.2f}; "
-        + ", ".join(f"{speed:.1f} at {depth} positions" for depth, speed in report.by_depth.items()),
+    yield (
+        f"{solution.tokens_per_s:.2f} tokens/s, {1e3 * solution.token_s:.2f} ms a token; "
+        f"dense layer split {report.dense:.2f} tokens/s: {solution.tokens_per_s / report.dense:.1f}x"
+    )
+    yield "tokens/s by positions filled: " + ", ".join(f"{speed:.1f} at {at}" for at, speed in report.by_depth.items())
+    if (unturned := report.unturned_tokens_per_s) is not None:
+        yield f"if down kept the file's type as rows, not Q8_0: {unturned:.2f} tokens/s (--down file)"
+    yield (
         f"of a token the GPU works {100 * simulation.busy('gpu'):.0f} %, the CPU {100 * simulation.busy('cpu'):.0f} %, "
-        f"hand-overs take {100 * simulation.busy('link'):.0f} %; tokens that name more and fewer neurons "
-        f"than the mean add {1e6 * simulation.spread_s:.0f} µs",
-        f"no placement is more than {100 * solution.gap:.3g} % faster (solved in {solution.solve_seconds:.2f} s)",
-    ]
+        f"copies and hand-overs take {100 * simulation.busy('link'):.0f} %; "
+        f"that tokens name more and fewer neurons than the mean adds {1e6 * simulation.spread_s:.1f} µs"
+    )
+    yield f"no placement is more than {100 * solution.gap:.2g} % faster; solved in {solution.solve_seconds:.2f} s"
 
 
 def _memory(report: Report) -> Table:
@@ -179,10 +178,7 @@ def _comparison(report: Report) -> Table:
         table.add_column(title, justify="right")
     ours = report.solution.tokens_per_s
     table.add_row("this plan", f"{ours:.2f}", "", f"{report.solution.memory.gpu_bytes:,}")
-    for name, rival in report.rivals.items():
-        if rival.tokens_per_s is None:
-            table.add_row(NAMES[name], "does not fit", "", "")
-        else:
-            share = f"{100 * rival.tokens_per_s / ours:.1f} %"
-            table.add_row(NAMES[name], f"{rival.tokens_per_s:.2f}", share, f"{rival.gpu_bytes:,}")
+    for one in report.rivals:
+        verdict = "as good" if one.as_good else f"{100 / (1 + one.slower):.1f} %"
+        table.add_row(NAMES[one.name], f"{one.tokens_per_s:.2f}", verdict, f"{one.gpu_bytes:,}")
     return table

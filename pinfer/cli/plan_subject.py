@@ -77,12 +77,14 @@ class SubjectOptions:
 @dataclass(frozen=True)
 class Subject:
     """A model to place. shape: with its predictors; dense: the same without, in the file's types; rates: float64 [N] a
-    layer, the share of tokens on which a neuron is named; said: where the rates come from."""
+    layer, the share of tokens on which a neuron is named; said: where the rates come from. unturned: the shape if down
+    kept the file's type as rows, where it does not."""
 
     shape: ModelShape
     dense: ModelShape
     rates: Sequence[np.ndarray]
     said: str
+    unturned: ModelShape | None = None
 
 
 def find_subject(options: SubjectOptions, over_prediction: float) -> Subject:
@@ -106,7 +108,10 @@ def _published(options: SubjectOptions, default_over: float) -> Subject:
     shape = published_shape(name, kind, predictor, down=options.down or "rows")
     over = options.over_prediction or (1.0 if method in READS_GATE else default_over)
     rates, said = _rates(options, over, shape, None)
-    return Subject(shape, published_shape(name, kind, down="file"), rates, said)
+    unturned = None if options.down == "file" else published_shape(name, kind, predictor, down="file")
+    return Subject(
+        shape, published_shape(name, kind, down="file"), rates, said, unturned if unturned != shape else None
+    )
 
 
 def _of_file(options: SubjectOptions, default_over: float) -> Subject:
