@@ -36,7 +36,7 @@ class Tables(NamedTuple):
         for number, layer in enumerate(layers):
             for way, curve in enumerate(layer.curves):
                 if curve is not None:
-                    counts = curve.counts(prices) if len(curve.slopes) else curve.least
+                    counts = curve.counts(prices)
                     tables.counts[number, way] = counts
                     tables.seconds[number, way] = curve.time(counts)
                     tables.bytes[number, way] = curve.bytes(counts)
