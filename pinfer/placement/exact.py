@@ -99,7 +99,10 @@ def by_highs(
         chain.curve(number, int(way)).least + (round(values[hot[number, int(way)]]) if (number, int(way)) in hot else 0)
         for number, way in enumerate(ways)
     ]
-    total = sum(int(chain.curve(number, int(way)).bytes(np.int64(count))) for number, (way, count) in enumerate(zip(ways, counts, strict=True)))
+    total = sum(
+        int(chain.curve(number, int(way)).bytes(np.int64(count)))
+        for number, (way, count) in enumerate(zip(ways, counts, strict=True))
+    )
     # An exact optimum over hottest-first placements is no bound for other choices of neurons.
     return (ways, -np.inf, np.array(counts)) if total <= capacity else (None, -np.inf, None)
 

@@ -134,7 +134,9 @@ def _search(chain: Chain, room: int, found: Bracket) -> tuple[Choice, np.ndarray
             continue
         low = max(fits[0] - 1, 0)
         counts = filled(chain, choices[number], room, prices[low], prices[fits[0]])
-        if counts is not None and (other := _choice(chain, choices[number], counts)).seconds < (best.seconds if best else np.inf):
+        if counts is not None and (other := _choice(chain, choices[number], counts)).seconds < (
+            best.seconds if best else np.inf
+        ):
             best = other
     assert best is not None, "the fitting end of the bracket fits"
     return best, prices
@@ -159,7 +161,8 @@ def _choices(tables: Tables, found: Bracket) -> Iterator[np.ndarray]:
 
 def _choice(chain: Chain, ways: np.ndarray, counts: np.ndarray) -> Choice:
     seconds = sum(
-        float(chain.curve(number, int(way)).time(count)) for number, (way, count) in enumerate(zip(ways, counts, strict=True))
+        float(chain.curve(number, int(way)).time(count))
+        for number, (way, count) in enumerate(zip(ways, counts, strict=True))
     )
     return Choice(ways, counts, seconds + float(chain.crossings_s(ways)))
 
