@@ -166,7 +166,6 @@ def _made(engine: Engine, prepared: Prepared, solved: Solved | None, find: Find)
     shape = model_shape(engine.gguf, engine.config, engine.method, predictors.fitted, rearranged=device.rearranged)
     placer = Placer(run, engine.method, shape, model.context, device, solved, mean_density(predictors.densities))
     found = find(placer)
-    engine.progress(f"placing {found}")
     try:
         lane = device.lane(torch.get_num_threads()) if any(layer.is_split for layer in found.plan.layers) else None
         _make_sparse(engine, prepared, predictors, found.plan, lane)

@@ -55,7 +55,7 @@ class Placement:
         where = "the emulated GPU" if self.device.name == "emulated" else "the GPU"
         return (
             f"{self.n_layers} of {len(self.plan.layers)} layers wholly on {where}, {100 * self.hot_share:.1f} % of all "
-            f"neurons, the head on the {self.plan.head.upper()} ({self.source}): {self.estimate.gpu_bytes / GB:.3f} GB estimated"
+            f"neurons, the head on the {self.plan.head.upper()} ({self.source}): {_gb(self.estimate.gpu_bytes)} estimated"
         )
 
 
@@ -107,8 +107,8 @@ class Placer:
         most = self.most_layers(limit)
         raise ValueError(
             f"the placement ({source}) needs {self._said(found.estimate)} of GPU memory with a context of "
-            f"{self.context}, the budget is {limit / GB:.3f} GB: the most that fits is --gpu-layers {most} "
-            f"({self.memory(self._layers(most)).gpu_bytes / GB:.3f} GB)"
+            f"{self.context}, the budget is {_gb(limit)}: the most that fits is --gpu-layers {most} "
+            f"({_gb(self.memory(self._layers(most)).gpu_bytes)})"
         )
 
     def memory(self, plan: Plan) -> Memory:
@@ -165,8 +165,12 @@ class Placer:
         return Placement(plan, self.device, self.memory(plan), source)
 
     def _said(self, estimate: Memory) -> str:
-        items = ", ".join(f"{name} {count / GB:.3f}" for name, count in estimate.gpu.items() if count)
-        return f"{estimate.gpu_bytes / GB:.3f} GB ({items})"
+        items = ", ".join(f"{name} {_gb(count)}" for name, count in estimate.gpu.items() if count)
+        return f"{_gb(estimate.gpu_bytes)} ({items})"
+
+
+def _gb(n_bytes: int) -> str:
+    return f"{n_bytes / GB:.3g} GB"
 
 
 def _without(plan: Plan, first: int) -> Plan:
