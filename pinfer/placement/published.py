@@ -42,6 +42,7 @@ PUBLISHED = {
     "llama-3-70b": Dimensions(80, 8192, 28672, 64, 8, 128256, 8192, 500000.0),
     "mistral-7b": Dimensions(32, 4096, 14336, 32, 8, 32000, 32768, 1e6),
     "codellama-34b": Dimensions(48, 8192, 22016, 64, 8, 32000, 16384, 1e6),
+    "yi-34b": Dimensions(60, 7168, 20480, 56, 8, 64000, 4096, 5e6),
     "opt-6.7b": Dimensions(32, 4096, 16384, 32, 32, 50272, 2048, gated=False, tied=True),
     "opt-13b": Dimensions(40, 5120, 20480, 40, 40, 50272, 2048, gated=False, tied=True),
     "opt-30b": Dimensions(48, 7168, 28672, 56, 56, 50272, 2048, gated=False, tied=True),
