@@ -16,19 +16,21 @@ import torch
 
 from pinfer.config import Method, RunConfig
 from pinfer.engine.devices import Device
+from pinfer.engine.hardware import read_machine
 from pinfer.engine.place import runnable
+from pinfer.engine.rates import kept_rates
 from pinfer.engine.shape import READS_ALL
 from pinfer.engine.solved import ACTIVATIONS, PLAN, Solved
 from pinfer.placement import Hardware, LayerPlan, ModelShape, Plan
 from pinfer.placement.memory import Memory, Reserves, check_plan, memory
+from pinfer.placement.named import DERATED, find_card, named_hardware
 from pinfer.placement.problem import Problem
 from pinfer.placement.skew import measured_rates
 from pinfer.placement.solver import solve
 from pinfer.placement.statistics import from_tensors
 
 GB = 1e9
-# A card without figures of its own: an RTX 4090 beside two channels of DDR5, derated (shared/performance.md's terms).
-ASSUMED = {"gpu_bandwidth": 1008e9, "cpu_bandwidth": 80e9, "gpu_efficiency": 0.85, "cpu_efficiency": 0.75}
+ASSUMED_CARD, ASSUMED_CPU_BANDWIDTH = "RTX 4090", 80e9  # two channels of DDR5
 STEP_DOWN = 0.85  # of what was reached when the memory ran out
 
 
@@ -73,8 +75,7 @@ class Placer:
 
     @property
     def reserves(self) -> Reserves:
-        """An emulated device has no CUDA context and records no graphs."""
-        return Reserves(context_bytes=0, graph_bytes=0) if self.device.name == "emulated" else Reserves()
+        return reserves_of(emulated=self.device.name == "emulated")
 
     def find(self) -> Placement:
         """The plan that the run asks for. ValueError where it does not fit, or the model and it do not."""
@@ -141,7 +142,7 @@ class Placer:
         """The fastest for the budget. ValueError where the layers asked for do not fit."""
         assert self.solved is not None
         layers = self.run.gpu_layers or 0
-        hardware = Hardware("assumed", gpu_bytes=limit, **ASSUMED)
+        hardware = measured_hardware(limit) or assumed_hardware(limit)
         statistics = from_tensors(self.solved.read_tensors(ACTIVATIONS), len(self.shape.layers))
         rates = measured_rates(statistics, density=self.density)
         if layers:
@@ -167,6 +168,37 @@ class Placer:
     def _said(self, estimate: Memory) -> str:
         items = ", ".join(f"{name} {_gb(count)}" for name, count in estimate.gpu.items() if count)
         return f"{_gb(estimate.gpu_bytes)} ({items})"
+
+
+def reserves_of(*, emulated: bool) -> Reserves:
+    """What a process takes beside weights; an emulated device has no CUDA context and records no graphs."""
+    return Reserves(context_bytes=0, graph_bytes=0) if emulated else Reserves()
+
+
+def assumed_hardware(gpu_bytes: int) -> Hardware:
+    """A card and a memory that stand for those that nobody has measured or named."""
+    assumed = named_hardware(find_card(ASSUMED_CARD), ASSUMED_CPU_BANDWIDTH)
+    return replace(assumed, gpu_bytes=gpu_bytes)
+
+
+def measured_hardware(gpu_bytes: int) -> Hardware | None:
+    """This machine as `pinfer doctor --measure` found it; None where it has not, or there is no GPU."""
+    rates = kept_rates(read_machine())
+    if rates is None or rates.gpu is None:
+        return None
+    gpu = rates.gpu
+    return Hardware(
+        "measured",
+        gpu_bytes=gpu_bytes,
+        gpu_bandwidth=gpu.read_bandwidth,
+        cpu_bandwidth=rates.cpu_bandwidth,
+        gpu_efficiency=DERATED.gpu_efficiency,
+        cpu_efficiency=DERATED.cpu_efficiency,
+        to_gpu_bandwidth=gpu.to_gpu_bandwidth,
+        to_cpu_bandwidth=gpu.to_cpu_bandwidth,
+        sync_s=gpu.sync_s,
+        kernel_s=gpu.graph_kernel_s,
+    )
 
 
 def _gb(n_bytes: int) -> str:
