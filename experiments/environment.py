@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import pinfer
-from pinfer.benchmark.environment import cpu
+from pinfer.engine.hardware import cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,7 +24,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-        "cpu": cpu(),
+        "cpu": cpu_name(),
         "machine": platform.machine(),
     }
 

@@ -27,6 +27,7 @@ Method = Literal[
 Backend = Literal["auto", "reference", "cpu", "triton"]
 Precision = Literal["auto", "float32", "int8"]
 Numa = Literal["none", "distribute", "isolate"]
+DeviceName = Literal["cpu", "auto", "cuda", "emulated"]
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,11 @@ class RunConfig:
     activations where they meet quantised weights: `int8` rounds them in blocks, as llama.cpp does;
     `auto` is int8 on the C++ core, which is fast at it, and float32 elsewhere. `numa` places threads
     and memory (see `engine/cores.py`).
+
+    `device` is where hot neurons and whole layers go: `auto` a CUDA card if there is one, else the CPU; `emulated`
+    runs them as a second shard on the CPU and accounts for them as if it were a card. What goes there is said by
+    `plan`, a file of `pinfer plan` or `solve`, by the plan in `predictor_path`, by `gpu_layers`, as llama.cpp's
+    -ngl, and by `gpu_memory_gb` (GB of 10^9 bytes), which is also the most it may take.
     """
 
     model: str | None = None
@@ -163,6 +169,10 @@ class RunConfig:
     numa: Numa = "none"
     record: bool = True
     predictor_path: str | None = None
+    device: DeviceName = "cpu"
+    plan: str | None = None
+    gpu_layers: int | None = None
+    gpu_memory_gb: float | None = None
 
     def __post_init__(self) -> None:
         if self.context is not None:
@@ -176,11 +186,20 @@ class RunConfig:
         if self.predictor_rank % 32:  # a Q8_0 block
             raise ValueError(f"predictor_rank must be a multiple of 32, not {self.predictor_rank}")
         _in_range("recall", self.recall, 0, 1, open_low=True)
+        if self.gpu_layers is not None:
+            _in_range("gpu_layers", self.gpu_layers, -1, 2**31 - 1, whole=True)
+        if self.gpu_memory_gb is not None:
+            _in_range("gpu_memory_gb", self.gpu_memory_gb, 0, 1e6)
+        if self.cold_fraction and self.device != "cpu":
+            raise ValueError(
+                f"cold_fraction {self.cold_fraction:g} has no meaning with device {self.device}: use a plan"
+            )
         choices_of = {
             "method": get_args(Method),
             "backend": get_args(Backend),
             "precision": get_args(Precision),
             "numa": get_args(Numa),
+            "device": get_args(DeviceName),
             "activation": (None, *get_args(Activation)),
         }
         for name, choices in choices_of.items():
@@ -188,8 +207,10 @@ class RunConfig:
                 raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(filter(None, choices))}")
 
     def densely(self) -> RunConfig:
-        """The same run with every neuron computed: the baseline."""
-        return dataclasses.replace(self, method="dense", sparsity=None, cold_fraction=0.0, predictor_path=None)
+        """The same run with every neuron computed: the baseline. On a GPU it has whole layers, in as much memory."""
+        return dataclasses.replace(
+            self, method="dense", sparsity=None, cold_fraction=0.0, predictor_path=None, plan=None
+        )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], **overrides: Any) -> RunConfig:

@@ -8,9 +8,10 @@ skips inputs and hidden values instead. `opens` says that x's first row is the f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial, reduce
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -18,7 +19,8 @@ from torch import nn
 from pinfer.kernels.ops import add, glu, input_sparse_matmul, quant_matmul, sparse_ffn, tally, tally_kept
 from pinfer.kernels.select_active import Active
 from pinfer.kernels.tuning import expect_density
-from pinfer.predictors import InputThreshold, Prediction, Predictor
+from pinfer.overlap import Cold, Given, Lane, Traffic
+from pinfer.predictors import InputThreshold, Prediction, Predictor, split_prediction
 from pinfer.predictors.input_threshold import KEEP_ALL
 from pinfer.quant import QuantTensor
 
@@ -63,6 +65,11 @@ class Activity:
     def reset(self) -> None:
         self.totals.zero_()
 
+    def move(self, put: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Go on counting in what `put` makes of `totals`, on the device that computes."""
+        with torch.inference_mode(False):
+            self.totals = put(self.totals)
+
     @property
     def active(self) -> float:
         return int(self.totals[0])
@@ -102,15 +109,14 @@ class SparseFFN(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor, opens: bool = False) -> torch.Tensor:
         if not (opens and self.predictor.opens_dense):
             return self._compensated(x, residual)
-        first = self._compute(x[:1], Prediction(self._everything(), None, None))
+        first = self.compute(x[:1], self.everything())
         return torch.cat([first, self._compensated(x[1:], residual[1:])]) if x.shape[0] > 1 else first
 
     def _compensated(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        y = self._compute(x, self.predictor(x, residual))
-        compensation = self.predictor.compensation
-        return y if compensation is None else add(y, quant_matmul(x, compensation))
+        return _with_compensation(self.compute(x, self.predictor(x, residual)), x, self.predictor)
 
-    def _compute(self, x: torch.Tensor, prediction: Prediction) -> torch.Tensor:
+    def compute(self, x: torch.Tensor, prediction: Prediction) -> torch.Tensor:
+        """The neurons of a prediction, whoever made it, without compensation: x float32 [T, D] to y [T, D]."""
         tally(prediction.active, self.activity.totals, tokens=x.shape[0], mask=prediction.mask)
         if self.observe is not None:
             self.observe(x, prediction)
@@ -127,27 +133,132 @@ class SparseFFN(nn.Module):
                 shift=prediction.shift,
             )
 
-    def _everything(self) -> Active:
+    @property
+    def traffic(self) -> Traffic:
+        """The bytes that a token reads of weights, for lanes that time themselves by them."""
+        weights = self.weights
+        gate = weights.gate.nbytes if self.predictor.reads_gate else 0
+        total = sum(one.nbytes for one in (weights.gate, weights.up, weights.down) if one is not None)
+        rows = (total - gate) // max(1, weights.n_neurons)
+        return Traffic(self.predictor.own_bytes + gate, rows, self.activity.totals)
+
+    def everything(self) -> Prediction:
+        """The prediction that names every neuron."""
         device, count = self.weights.gate.device, self.weights.n_neurons
         every = torch.arange(count, dtype=torch.int32, device=device)
-        return Active(every, torch.full((1,), count, dtype=torch.int32, device=device))
+        return Prediction(Active(every, torch.full((1,), count, dtype=torch.int32, device=device)), None, None)
 
     def shard(self, neurons: torch.Tensor, *, compensated: bool = True) -> SparseFFN:
         """The same for some of the neurons (int64 [H]); of all shards, one is to be compensated."""
         predictor = self.predictor.shard(neurons)
         predictor.compensation = self.predictor.compensation if compensated else None
-        return SparseFFN(self.weights.shard(neurons), predictor, self.activation)
+        weights = self.weights.shard(neurons)
+        if isinstance(getattr(predictor, "gate", None), QuantTensor):
+            vars(predictor)["gate"] = weights.gate  # the rows are there once
+        return SparseFFN(weights, predictor, self.activation)
+
+
+def _with_compensation(y: torch.Tensor, x: torch.Tensor, predictor: Predictor) -> torch.Tensor:
+    return y if predictor.compensation is None else add(y, quant_matmul(x, predictor.compensation))
 
 
 class HybridFFN(nn.Module):
-    """A hot and a cold shard, each with its part of the predictor, added. Both are on the CPU so far."""
+    """A hot shard on a device and cold ones on the CPU, added in that order.
 
-    def __init__(self, hot: SparseFFN, cold: SparseFFN) -> None:
+    lane:      what runs the cold shards beside the hot one; None computes one after the other on the same threads.
+    predictor: one for all neurons, on the hot shard's device, numbered hot first and then cold, shard by shard,
+               which compensates where it has to. None has every shard ask its own, of which one compensates.
+    """
+
+    def __init__(
+        self,
+        hot: SparseFFN,
+        cold: SparseFFN | Sequence[SparseFFN],
+        lane: Lane | None = None,
+        predictor: Predictor | None = None,
+    ) -> None:
         super().__init__()
-        self.hot, self.cold = hot, cold
+        self.hot, self.cold = hot, nn.ModuleList([cold] if isinstance(cold, SparseFFN) else cold)
+        self.lane, self.predictor = lane, predictor
+
+    @classmethod
+    def of(
+        cls,
+        whole: SparseFFN,
+        hot: torch.Tensor,
+        cold: Sequence[torch.Tensor],
+        lane: Lane | None = None,
+        *,
+        one_predictor: bool = False,
+    ) -> HybridFFN:
+        """The shards of an FFN, each by its neurons' numbers int64 [H]; together they are to be all of them.
+
+        one_predictor: whether the hot shard's device predicts for all.
+        """
+        if not one_predictor:
+            shards = [whole.shard(part, compensated=i == 0) for i, part in enumerate((hot, *cold))]
+            return cls(shards[0], shards[1:], lane)
+        order = torch.cat([hot, *cold])
+        predictor = whole.predictor.shard(order)
+        predictor.compensation = whole.predictor.compensation
+        shards = [SparseFFN(whole.weights.shard(part), predictor, whole.activation) for part in (hot, *cold)]
+        return cls(shards[0], shards[1:], lane, predictor)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor, opens: bool = False) -> torch.Tensor:
-        return add(self.hot(x, residual, opens), self.cold(x, residual, opens))
+        if self.predictor is None:
+            return self._together(
+                partial(self.hot, x, residual, opens),
+                [Cold(partial(shard, opens=opens), (x, residual), shard.traffic) for shard in self._cold],
+            )
+        if not (opens and self.predictor.opens_dense):
+            return self._predicted(x, residual)
+        first = self._named(x[:1], [shard.everything() for shard in (self.hot, *self._cold)])
+        return torch.cat([first, self._predicted(x[1:], residual[1:])]) if x.shape[0] > 1 else first
+
+    def _predicted(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        assert self.predictor is not None
+        sizes = tuple(shard.weights.n_neurons for shard in (self.hot, *self._cold))
+        y = self._named(x, split_prediction(self.predictor(x, residual), sizes))
+        return _with_compensation(y, x, self.predictor)
+
+    def _named(self, x: torch.Tensor, named: Sequence[Prediction]) -> torch.Tensor:
+        """The neurons that are named for each shard, hot first."""
+        hot, *rest = named
+        return self._together(
+            lambda: self.hot.compute(x, hot),
+            [
+                Cold(partial(_compute_given, shard), (x, *_given(one)), shard.traffic)
+                for shard, one in zip(self._cold, rest, strict=True)
+            ],
+        )
+
+    def _together(self, hot: Callable[[], torch.Tensor], cold: Sequence[Cold]) -> torch.Tensor:
+        if self.lane is None:
+            results = [hot(), *(part.work(*part.given) for part in cold)]
+        else:
+            results = self.lane.run(hot, cold, self.hot.traffic)
+        return reduce(add, results)
+
+    @property
+    def _cold(self) -> list[SparseFFN]:
+        return cast(list[SparseFFN], list(self.cold))
+
+
+def _given(named: Prediction) -> Given:
+    """A prediction as tensors, which a lane can copy."""
+    return named.active.indices, named.active.count, named.mask, named.gate_values, named.shift
+
+
+def _compute_given(
+    shard: SparseFFN,
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    count: torch.Tensor,
+    mask: torch.Tensor | None,
+    gate_values: torch.Tensor | None,
+    shift: torch.Tensor | None,
+) -> torch.Tensor:
+    return shard.compute(x, Prediction(Active(indices, count), mask, gate_values, shift))
 
 
 Kept = TypeVar("Kept", float, torch.Tensor)
@@ -188,6 +299,11 @@ class InputActivity(Activity):
         super().__init__(weights.down.rows, weights.gate.device, (2, 2))
         self._n_inputs, self._of_inputs = weights.gate.rows, 1 if weights.up is None else 2  # matrices that inputs meet
         self.inputs, self.hidden = self.totals.unbind()
+
+    def move(self, put: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        with torch.inference_mode(False):
+            super().move(put)
+            self.inputs, self.hidden = self.totals.unbind()
 
     @property
     def active(self) -> float:

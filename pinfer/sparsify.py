@@ -24,6 +24,7 @@ from pinfer.ffn import (
 from pinfer.kernels.activation import CLAMPS_UP, ZERO_BELOW_ZERO
 from pinfer.kernels.transpose import transpose_weights
 from pinfer.models import LayerWalk, Transformer
+from pinfer.overlap import Lane
 from pinfer.placement import Plan
 from pinfer.predictors import (
     CalibrationInputs,
@@ -237,11 +238,19 @@ def transposed_down(layer: int, ffn: DenseFFN) -> tuple[QuantTensor, float]:
 
 
 def sparsify(
-    model: Transformer, predictors: PredictorMaker, plan: Plan | None = None, downs: DownMaker = transposed_down
+    model: Transformer,
+    predictors: PredictorMaker,
+    plan: Plan | None = None,
+    downs: DownMaker = transposed_down,
+    *,
+    lane: Lane | None = None,
+    release: Callable[[QuantTensor], None] = lambda _: None,
 ) -> Transformer:
     """Replace every DenseFFN in place by a SparseFFN, or by a HybridFFN over the plan's hot and cold neurons.
 
-    `downs` gives `down` as neuron-major rows. Returns the same model.
+    `downs` gives `down` as neuron-major rows. A layer whose neurons are all hot or all cold keeps its weights as they
+    are; of one that is split, the shards are copies, and `release` is told of each matrix they were copied from. `lane`
+    runs the cold shards. Returns the same model, all of it still where it was.
     """
     for layer, block in enumerate(model.blocks):
         dense = block.ffn
@@ -249,7 +258,12 @@ def sparsify(
             raise ValueError(f"layer {layer} is not dense: it has a {type(dense).__name__}")
         weights = FFNWeights(dense.gate, dense.up, *downs(layer, dense))
         sparse = SparseFFN(weights, predictors(layer, dense), dense.activation)
-        block.ffn = sparse if plan is None else _hybrid(sparse, *plan.split(layer))
+        if plan is None or plan.layers[layer].n_hot in (0, weights.n_neurons):
+            block.ffn = sparse
+            continue
+        block.ffn = _hybrid(sparse, plan, layer, lane)
+        for weight in filter(None, (weights.gate, weights.up, weights.down)):
+            release(weight)
     return model
 
 
@@ -273,8 +287,9 @@ def sparsify_inputs(
     return model
 
 
-def _hybrid(sparse: SparseFFN, hot: torch.Tensor, cold: torch.Tensor) -> HybridFFN:
-    return HybridFFN(sparse.shard(hot), sparse.shard(cold, compensated=False))
+def _hybrid(sparse: SparseFFN, plan: Plan, layer: int, lane: Lane | None) -> HybridFFN:
+    hot, cold = plan.split(layer)
+    return HybridFFN.of(sparse, hot, [cold], lane, one_predictor=plan.layers[layer].predictor == "gpu")
 
 
 def down_error(model: Transformer) -> float:
@@ -335,7 +350,8 @@ def activities(model: Transformer) -> list[Activity]:
 
 def predictor_bytes(model: Transformer) -> int:
     """Bytes of the predictors' own weights, which every token reads."""
-    return sum(shard.predictor.own_bytes for ffn in model.ffns() for shard in _shards(ffn))
+    predictors = {id(shard.predictor): shard.predictor for ffn in model.ffns() for shard in _shards(ffn)}
+    return sum(one.own_bytes for one in predictors.values())
 
 
 def reset_activity(model: Transformer) -> None:

@@ -75,7 +75,7 @@ def layer_plans(layer: LayerShape, rates: np.ndarray, *, subsets: bool) -> Itera
         yield LayerPlan(home, hot, "split")  # type: ignore[arg-type]
         if count == 0:
             yield LayerPlan(home, hot, "cpu")  # type: ignore[arg-type]
-        if layer.own_predictor and (home == "gpu" or count):
+        if layer.own_predictor and count:
             yield LayerPlan(home, hot, "gpu")  # type: ignore[arg-type]
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pinfer.placement import Hardware, Plan
-from pinfer.placement.baselines import BASELINES, dense_layers
+from pinfer.placement.baselines import BASELINES, dense_layers, dense_problem
 from pinfer.placement.explain import explain, parts
 from pinfer.placement.memory import Reserves, capacity
 from pinfer.placement.plan import LayerPlan
@@ -154,7 +154,8 @@ def test_the_closed_form_of_hot_and_cold_neurons() -> None:
 
 def test_the_closed_form_of_dense_layers() -> None:
     dense = published_shape("llama-2-70b", "q4_k_m", down="file", rearranged=False)
-    problem, plan = dense_layers(hybrid_70b(), dense)
+    problem = dense_problem(hybrid_70b(), dense)
+    plan = dense_layers(problem)
     on_gpu = problem.memory(plan).gpu_bytes
     everything = sum(one.attention_bytes + one.neuron_bytes * one.n_neurons for one in dense.layers) + dense.head_bytes
 

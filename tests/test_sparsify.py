@@ -50,7 +50,10 @@ def test_exact_gives_the_dense_logits(relu_path: Path) -> None:
 def test_hybrid_gives_the_dense_logits(relu_path: Path, cold_fraction: float) -> None:
     hybrid = S.sparsify(load(relu_path), S.exact_predictors, Plan.uniform(2, 96, cold_fraction))
     torch.testing.assert_close(logits(hybrid), logits(load(relu_path)), rtol=1e-4, atol=1e-4)
-    assert all(isinstance(ffn, HybridFFN) for ffn in hybrid.ffns())
+    split = 0 < cold_fraction < 1
+    assert all(isinstance(ffn, HybridFFN if split else SparseFFN) for ffn in hybrid.ffns())
+    if not split:
+        assert hybrid.ffns()[0].weights.gate.blocks.data_ptr() == hybrid.ffns()[0].predictor.gate.blocks.data_ptr()
     sparse = S.sparsify(load(relu_path), S.exact_predictors)
     logits(sparse)
     assert S.density(hybrid) == pytest.approx(S.density(sparse))

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import pinfer
+from pinfer.engine.hardware import cpu_name
 
 ROOT = Path(pinfer.__file__).resolve().parent.parent
 
@@ -19,18 +20,9 @@ def environment() -> dict[str, str | None]:
         "commit": commit(ROOT),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "cpu": cpu(),
+        "cpu": cpu_name(),
         "machine": platform.machine(),
     }
-
-
-def cpu() -> str:
-    """The processor's name, or what the system calls its kind."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
 
 
 def commit(root: Path) -> str | None:

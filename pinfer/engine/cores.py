@@ -25,6 +25,7 @@ from pinfer.kernels.cpp import core_problem, load_core
 TORCH_THREADS = torch.get_num_threads()  # before anything sets it: OMP_NUM_THREADS, or torch's guess
 # As Linux numbers the policies of set_mempolicy.
 DEFAULT, PREFERRED, INTERLEAVED = 0, 1, 3
+UNLIMITED = 1 << 60  # version 1 of cgroups says "no limit" with a number near 2^63
 
 
 @dataclass(frozen=True)
@@ -154,12 +155,20 @@ def _siblings(system: Path, cpu: int) -> set[int]:
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
     """Processors' worth of time that the process's cgroups grant, the least of them; None without a limit."""
-    limits = [limit for folder in _cgroups(root) if (limit := _limit(folder)) is not None]
+    limits = [limit for folder in _cgroups(root, "cpu") if (limit := _limit(folder)) is not None]
     return min(limits, default=None)
 
 
-def _cgroups(root: Path) -> Iterator[Path]:
-    """The folders of this process's cgroups that may limit processors, and of all above them."""
+def memory_limit(root: Path = Path("/")) -> int | None:
+    """Bytes of memory that the process's cgroups grant, the least of them; None without a limit."""
+    names = ("memory.max", "memory.limit_in_bytes")
+    texts = (_text(folder / name).strip() for folder in _cgroups(root, "memory") for name in names)
+    limits = [int(text) for text in texts if text.isdigit()]
+    return min((limit for limit in limits if limit < UNLIMITED), default=None)
+
+
+def _cgroups(root: Path, controller: str) -> Iterator[Path]:
+    """The folders of this process's cgroups that may limit `controller` (cpu, memory), and of all above them."""
     mount = root / "sys/fs/cgroup"
     for line in _text(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
@@ -170,8 +179,8 @@ def _cgroups(root: Path) -> Iterator[Path]:
         bases = []
         if number == "0":  # version 2, alone or beside version 1
             bases = [mount, mount / "unified"]
-        elif "cpu" in controllers.split(","):
-            bases = [mount / controllers, mount / "cpu"]
+        elif controller in controllers.split(","):
+            bases = [mount / controllers, mount / controller]
         for base in bases:
             # A container sees its own cgroup at the top, though its name here may be longer.
             yield from (base / folder for folder in (path, *path.parents))

@@ -13,6 +13,7 @@ from pinfer.kernels.rope import OP as rope
 from pinfer.kernels.select_active import OP as select_active
 from pinfer.kernels.sign_select import OP as sign_select
 from pinfer.kernels.sparse_ffn import OP as sparse_ffn
+from pinfer.kernels.split_active import OP as split_active
 from pinfer.kernels.tally import OP as tally
 from pinfer.kernels.tally_kept import OP as tally_kept
 from pinfer.kernels.threshold_matmul import OP as threshold_matmul
@@ -27,6 +28,7 @@ OPS: tuple[Op, ...] = (
     add,
     glu,
     select_active,
+    split_active,
     sign_select,
     threshold_matmul,
     tally,
@@ -39,5 +41,6 @@ OPS: tuple[Op, ...] = (
 
 __all__ = [
     "OPS", "add", "attention", "dequantize", "embed", "glu", "input_sparse_matmul", "quant_matmul", "rms_norm",
-    "rope", "select_active", "sign_select", "sparse_ffn", "tally", "tally_kept", "threshold_matmul", "top_k",
+    "rope", "select_active", "sign_select", "sparse_ffn", "split_active", "tally", "tally_kept", "threshold_matmul",
+    "top_k",
 ]  # fmt: skip

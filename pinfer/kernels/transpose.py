@@ -12,11 +12,18 @@ import math
 import torch
 
 from pinfer.kernels.ops import dequantize
-from pinfer.quant import BF16, F16, F32, Q8_0, QuantTensor
+from pinfer.quant import BF16, F16, F32, Q8_0, QuantTensor, QuantType
 from pinfer.quantize import quantize_q8_0
 
 # Rows requantised at a time, a Q8_0 block of the transpose: 3.7 MB of floats for a 70B model's down.
 TILE = 32
+
+
+def transposed_type(kind: QuantType, rows: int) -> QuantType:
+    """What `transpose_weights` makes of a weight of `rows` rows."""
+    if kind in (F32, F16, BF16):
+        return kind
+    return F16 if rows % TILE else Q8_0
 
 
 def transpose_weights(weight: QuantTensor) -> tuple[QuantTensor, float]:

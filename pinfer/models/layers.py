@@ -6,6 +6,7 @@ Activations are float32 [T, …] for the T tokens of one sequence; weights stay 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,49 +30,79 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, eps=self.eps, residual=residual)
 
 
+CPU = torch.device("cpu")
 ROPE_POSITIONS = 1024  # tabulated at first
 
 
 class Rope(nn.Module):
     """Rotary embedding (Su et al. 2021); the table of cos and sin grows with the positions asked for.
 
-    `factors` float32 [dim / 2] divides the frequencies (Llama 3's long-context scaling).
+    `factors` float32 [dim / 2] divides the frequencies (Llama 3's long-context scaling). Every device that
+    rotates has a table of its own (`add_device`), the CPU always.
     """
+
+    per_device = True  # see `models.weights`
 
     def __init__(self, config: RopeConfig, factors: torch.Tensor | None = None) -> None:
         super().__init__()
         self.dim, self.interleaved = config.dim, config.style == "interleaved"
         frequency = config.base ** (-torch.arange(0, config.dim, 2, dtype=torch.float64) / config.dim) / config.scale
         self.frequency = frequency if factors is None else frequency / factors.double()  # float64 [dim / 2]
+        self._tables = {CPU: (torch.empty(0), torch.empty(0))}
         self._tabulate(ROPE_POSITIONS)
 
     def _tabulate(self, positions: int) -> None:
         angle = torch.outer(torch.arange(positions, dtype=torch.float64), self.frequency)
-        self.cos, self.sin = angle.cos().float(), angle.sin().float()  # [positions, dim / 2]
+        cos, sin = angle.cos().float(), angle.sin().float()  # [positions, dim / 2]
+        self._tables = {device: (cos.to(device), sin.to(device)) for device in self._tables}
+
+    @property
+    def positions(self) -> int:
+        """How many the tables cover."""
+        return self._tables[CPU][0].shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Of one device's table."""
+        return sum(table.nbytes for table in self._tables[CPU])
+
+    def add_device(self, device: torch.device) -> None:
+        """Keep a table there too."""
+        cos, sin = self._tables[CPU]
+        self._tables[device] = (cos.to(device), sin.to(device))
 
     def reserve(self, positions: int) -> None:
-        """Make the table cover this many positions; it moves when it grows."""
-        if positions > self.cos.shape[0]:
-            self._tabulate(max(positions, 2 * self.cos.shape[0]))
+        """Make the tables cover this many positions; they move when they grow."""
+        if positions > self.positions:
+            self._tabulate(max(positions, 2 * self.positions))
 
     def forward(self, x: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         """Rotate x [T, heads, head_dim], the tokens at positions start (int64 [1]), start + 1, …, all within the table."""
-        return rope(x, self.cos, self.sin, start, interleaved=self.interleaved)
+        cos, sin = self._tables[x.device]
+        return rope(x, cos, sin, start, interleaved=self.interleaved)
 
 
 class KVCache:
     """Keys and values of one sequence: per layer [2, kv_heads, context, head_dim], and how many positions are filled.
 
-    Memory is reserved for the whole context and taken page by page as it fills. `position` int64 [1]
-    holds the number of filled positions where kernels read it.
+    Memory is reserved for the whole context; the CPU's is taken page by page as it fills. `position` int64 [1]
+    holds the number of filled positions where kernels read it, once on the CPU and once on each of the `devices`
+    that layers lie on (one a layer; None: all on the CPU).
     """
 
-    def __init__(self, config: ModelConfig, context: int) -> None:
+    def __init__(self, config: ModelConfig, context: int, devices: Sequence[torch.device] | None = None) -> None:
         shape = (2, config.n_kv_heads, context, config.head_dim)
-        self.layers = [torch.empty(shape) for _ in range(config.n_layers)]
+        devices = devices or [CPU] * config.n_layers
+        self.layers = [torch.empty(shape, device=device) for device in devices]
         self.context = context
-        with torch.inference_mode(False):  # it is set outside of inference as well
+        with torch.inference_mode(False):  # they are set outside of inference as well
             self.position = torch.zeros(1, dtype=torch.int64)
+            self._positions = {one: torch.zeros(1, dtype=torch.int64, device=one) for one in {*devices} - {CPU}}
+            self._positions[CPU] = self.position
+
+    def position_on(self, device: torch.device) -> torch.Tensor:
+        """The number of filled positions, int64 [1], where a layer of that device reads it."""
+        return self._positions[device]
 
     @classmethod
     def of_one_layer(cls, config: ModelConfig, context: int) -> KVCache:
@@ -86,7 +117,8 @@ class KVCache:
 
     @length.setter
     def length(self, value: int) -> None:
-        self.position.fill_(value)
+        for position in self._positions.values():
+            position.fill_(value)
 
 
 @dataclass(frozen=True)
@@ -129,10 +161,11 @@ class Attention(nn.Module):
         query, key = self._heads(x, self.weights.query), self._heads(x, self.weights.key)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key = self.rope(query, cache.position), self.rope(key, cache.position)
+        position = cache.position_on(x.device)
+        query, key = self.rope(query, position), self.rope(key, position)
         keys, values = cache.layers[self.layer]
         mixed = attention(
-            query, key, self._heads(x, self.weights.value), keys, values, cache.position,
+            query, key, self._heads(x, self.weights.value), keys, values, position,
             scale=self.config.attention_scale, window=self.window,
         )  # fmt: skip
         return quant_matmul(mixed.view(x.shape[0], -1), self.weights.output)

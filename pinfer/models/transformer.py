@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -10,17 +11,24 @@ from torch import nn
 from pinfer.config import ModelConfig
 from pinfer.ffn import DenseFFN
 from pinfer.kernels.ops import embed, quant_matmul
-from pinfer.models.layers import KVCache, RMSNorm, Rope
+from pinfer.models.layers import Attention, KVCache, RMSNorm, Rope
 from pinfer.models.weights import WeightSource
 
 
 class Block(nn.Module):
     """One layer of a family: `block(x, cache, opens=False) -> x`, with an `ffn` that may be replaced.
 
-    `opens` says that the first row is the first token of its sequence.
+    `opens` says that the first row is the first token of its sequence. x comes on the block's `device`, where its
+    attention, norms, keys and values are; an `ffn` on another one fetches x and brings y back.
     """
 
+    attention_norm: RMSNorm
+    attention: Attention
     ffn: nn.Module
+
+    @property
+    def device(self) -> torch.device:
+        return self.attention_norm.weight.device
 
 
 BlockBuilder = Callable[[WeightSource, ModelConfig, int, Rope], Block]
@@ -59,11 +67,11 @@ class Transformer(nn.Module):
         self._make_room(tokens, cache)
         x = self._blocks(tokens, cache, cache.length == 0)
         cache.length += tokens.shape[0]
-        return self.norm(x)
+        return self._normed(x)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """The head: float32 [T, V] of states float32 [T, D]."""
-        return quant_matmul(states, self.head)
+        return quant_matmul(_on(states, self.head.device), self.head)
 
     def compute(
         self, tokens: torch.Tensor, cache: KVCache, *, last_only: bool = False, opens: bool = False
@@ -73,12 +81,15 @@ class Transformer(nn.Module):
         opens: whether the cache is empty, which the host need not know of it here.
         """
         x = self._blocks(tokens, cache, opens)
-        return self.logits(self.norm(x[-1:] if last_only else x))
+        return self.logits(self._normed(x[-1:] if last_only else x))
+
+    def _normed(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(_on(x, self.norm.weight.device))
 
     def _blocks(self, tokens: torch.Tensor, cache: KVCache, opens: bool) -> torch.Tensor:
         x = embed(tokens, self.embedding, scale=self.config.embedding_scale)  # [T, D]
-        for block in self.blocks:
-            x = block(x, cache, opens)
+        for block in self.layers:
+            x = block(_on(x, block.device), cache, opens)
         return x
 
     def _make_room(self, tokens: torch.Tensor, cache: KVCache) -> None:
@@ -87,11 +98,22 @@ class Transformer(nn.Module):
         for rope in self.ropes:
             rope.reserve(cache.length + tokens.shape[0])
 
-    def new_cache(self) -> KVCache:
-        return KVCache(self.config, self.context)
+    def new_cache(self, context: int | None = None) -> KVCache:
+        """A cache on the blocks' devices, of as many positions as the model has room for if not said."""
+        return KVCache(self.config, context or self.context, [block.device for block in self.layers])
+
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks, in order."""
+        return cast(list[Block], list(self.blocks))
 
     def ffns(self) -> list[nn.Module]:
         return [block.ffn for block in self.blocks]  # type: ignore[misc]
+
+
+def _on(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """x on that device. Where it is there already, nothing is called that a recorded step would not repeat."""
+    return x if x.device == device else x.to(device)
 
 
 def dense_ffn(weights: WeightSource, config: ModelConfig, prefix: str) -> DenseFFN:

@@ -60,10 +60,14 @@ def sparse_layers(problem: Problem) -> Plan:
     raise AssertionError("no layer on the GPU takes no memory there")
 
 
-def dense_layers(problem: Problem, dense: ModelShape) -> tuple[Problem, Plan]:
-    """The same machine and budget with a dense shape, for which it is to be evaluated, and the most layers that fit."""
-    everything = dataclasses.replace(problem, shape=dense, gpu_layers=0)
-    return everything, sparse_layers(everything)
+def dense_layers(problem: Problem) -> Plan:
+    """The same of a problem with a dense shape (see `dense_problem`)."""
+    return sparse_layers(problem)
+
+
+def dense_problem(problem: Problem, dense: ModelShape) -> Problem:
+    """The same machine, context and budget with a shape that reads every neuron; its rates do not count."""
+    return dataclasses.replace(problem, shape=dense, gpu_layers=0)
 
 
 BASELINES: dict[str, Callable[[Problem], Plan]] = {

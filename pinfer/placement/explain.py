@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from pinfer.placement.baselines import BASELINES, dense_layers
+from pinfer.placement.baselines import BASELINES, dense_layers, dense_problem
 from pinfer.placement.plan import Plan
 from pinfer.placement.problem import Problem, TokenTime, evaluate
 from pinfer.placement.shape import ModelShape
@@ -99,7 +99,8 @@ def rivals(problem: Problem, solution: Solution, dense: ModelShape | None = None
     """Every baseline's time under the same objective and memory account."""
     placed = [(name, problem, place(problem)) for name, place in BASELINES.items()]
     if dense is not None:
-        placed.append(("dense_layers", *dense_layers(problem, dense)))
+        without = dense_problem(problem, dense)
+        placed.append(("dense_layers", without, dense_layers(without)))
     found = []
     for name, own, plan in placed:
         seconds = evaluate(own, plan).total_s

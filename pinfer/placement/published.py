@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from pinfer.kernels.transpose import transposed_type
 from pinfer.placement.shape import FLOAT_BYTES, ModelShape, PredictorShape, layer_shape
-from pinfer.quant import BF16, BY_NAME, F16, F32, Q4_0, Q4_K, Q5_K, Q6_K, Q8_0, QuantType, planes_row_bytes
+from pinfer.quant import BY_NAME, Q4_0, Q4_K, Q5_K, Q6_K, QuantType, planes_row_bytes
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ PUBLISHED = {
     "llama-3-70b": Dimensions(80, 8192, 28672, 64, 8, 128256, 8192, 500000.0),
     "mistral-7b": Dimensions(32, 4096, 14336, 32, 8, 32000, 32768, 1e6),
     "codellama-34b": Dimensions(48, 8192, 22016, 64, 8, 32000, 16384, 1e6),
+    "yi-34b": Dimensions(60, 7168, 20480, 56, 8, 64000, 4096, 5e6),
     "opt-6.7b": Dimensions(32, 4096, 16384, 32, 32, 50272, 2048, gated=False, tied=True),
     "opt-13b": Dimensions(40, 5120, 20480, 40, 40, 50272, 2048, gated=False, tied=True),
     "opt-30b": Dimensions(48, 7168, 28672, 56, 56, 50272, 2048, gated=False, tied=True),
@@ -125,7 +127,7 @@ def published_shape(
 
     def one(layer: int) -> Stored:
         stored = kind("ffn_down", layer)
-        return Stored(_transposed(stored, dims.d_model) if down == "rows" else stored, dims.d_ffn, dims.d_model)
+        return Stored(transposed_type(stored, dims.d_model) if down == "rows" else stored, dims.d_ffn, dims.d_model)
 
     parts = ("ffn_gate", "ffn_up") if dims.gated else ("ffn_up",)
     layers = tuple(
@@ -168,10 +170,3 @@ def predictor_shape(kind: str, name: str, *, rank: int = 256, total_bytes: int =
     if kind not in makers:
         raise ValueError(f"predictor {kind!r} is none of {', '.join(makers)}")
     return makers[kind]()
-
-
-def _transposed(kind: QuantType, width: int) -> QuantType:
-    """The type of `down` as rows, as `kernels.transpose.transpose_weights` leaves it."""
-    if kind in (F32, F16, BF16):
-        return kind
-    return Q8_0 if width % Q8_0.block_size == 0 else F16

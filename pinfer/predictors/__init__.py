@@ -1,6 +1,6 @@
 """Predictors say which neurons to compute; one file each."""
 
-from pinfer.predictors.base import Prediction, Predictor, PredictorQuality
+from pinfer.predictors.base import Prediction, Predictor, PredictorQuality, split_prediction
 from pinfer.predictors.cuts import Cuts
 from pinfer.predictors.exact import ExactPredictor
 from pinfer.predictors.gate_threshold import GateThreshold, fit_gate_threshold
@@ -32,5 +32,6 @@ __all__ = [
     "fit_sign_bits",
     "fit_weighted_threshold",
     "pack",
+    "split_prediction",
     "unpack",
 ]

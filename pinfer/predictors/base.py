@@ -6,11 +6,13 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
+from pinfer.kernels.ops import split_active
 from pinfer.kernels.select_active import Active
 from pinfer.predictors.cuts import Cuts
 from pinfer.quant import QuantTensor
@@ -31,6 +33,16 @@ class Prediction(NamedTuple):
     mask: torch.Tensor | None
     gate_values: torch.Tensor | None
     shift: torch.Tensor | None = None
+
+
+def split_prediction(whole: Prediction, sizes: tuple[int, ...]) -> list[Prediction]:
+    """A prediction by parts, of the first sizes[0] neurons, the next sizes[1] and so on, each numbered from 0."""
+    lists = split_active(whole.active.indices, whole.active.count, sizes)
+    parts = []
+    for active, (first, end) in zip(lists, pairwise([0, *accumulate(sizes)]), strict=True):
+        mask, values = (None if one is None else one[:, first:end] for one in (whole.mask, whole.gate_values))
+        parts.append(Prediction(active, mask, values, None if whole.shift is None else whole.shift[first:end]))
+    return parts
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,7 @@ class Predictor(nn.Module, ABC):
     compensation: QuantTensor [D, D] or None; what it makes of x stands for the neurons left out.
     opens_dense:  whether a sequence's first token is computed whole. Its activations are outliers
                   that later tokens attend to, and thresholds for the others fit it badly.
+    reads_gate:   whether a prediction reads every gate row of the FFN, and says what they gave.
     """
 
     threshold: torch.Tensor
@@ -70,6 +83,7 @@ class Predictor(nn.Module, ABC):
     cuts: Cuts | None = None
     compensation: QuantTensor | None = None
     opens_dense = False
+    reads_gate = False
 
     @abstractmethod
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> Prediction:

@@ -12,6 +12,7 @@ import bisect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -28,6 +29,8 @@ KEPT_VALUES = 1 << 24  # of the margins that cuts are quantiles of
 @dataclass(frozen=True)
 class Cuts:
     """values: float32 [DENSITIES], falling; base and scale > 0: float32 [1] or [N]."""
+
+    for_fitting: ClassVar[bool] = True  # no prediction reads them, so they stay on the CPU
 
     values: torch.Tensor
     base: torch.Tensor

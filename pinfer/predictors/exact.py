@@ -13,6 +13,8 @@ from pinfer.quant import QuantTensor
 class ExactPredictor(Predictor):
     """gate: QuantTensor [N, D]. ValueError unless the activation is exactly zero for negative inputs."""
 
+    reads_gate = True
+
     def __init__(self, gate: QuantTensor, activation: str) -> None:
         super().__init__()
         if activation not in ZERO_BELOW_ZERO:

@@ -18,6 +18,8 @@ from pinfer.quant import QuantTensor
 class GateThreshold(Predictor):
     """gate: QuantTensor [N, D]; threshold: float32 [1], neurons with |act(g · x)| above it are computed."""
 
+    reads_gate = True
+
     def __init__(self, gate: QuantTensor, activation: str, threshold: torch.Tensor, cuts: Cuts | None = None) -> None:
         super().__init__()
         self.gate, self.activation, self.threshold, self.cuts = gate, activation, threshold, cuts

@@ -53,6 +53,7 @@ class WeightedThreshold(Predictor):
     """
 
     opens_dense = True
+    reads_gate = True
 
     def __init__(
         self,

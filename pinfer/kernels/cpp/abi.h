@@ -32,7 +32,25 @@ enum pinfer_kind : int32_t {
     PINFER_TOP_K,
     PINFER_SIGN_SCORES,
     PINFER_TALLY_KEPT,
+    PINFER_SPLIT_ACTIVE,
+    PINFER_COPY,
     PINFER_KINDS,
+    // What orders programs and times them (control.h), whatever the instruction set.
+    PINFER_FORK = 64,
+    PINFER_JOIN,
+    PINFER_AWAIT,
+    PINFER_RAISE,
+    PINFER_CHECK_LIST,
+    PINFER_MARK,
+    PINFER_PACE,
+};
+
+// How a program or a job ended.
+enum pinfer_status : int32_t {
+    PINFER_DONE,
+    PINFER_TIMED_OUT,  // another thread or the device did not answer in time; it may answer later
+    PINFER_BAD_LIST,   // neurons that are not there
+    PINFER_STOPPED,    // the worker's threads have ended, or belong to the process that this one was forked from
 };
 
 struct pinfer_step {
@@ -178,6 +196,63 @@ struct pinfer_top_k_arguments {
     int64_t count, k;
     float* values;
     int64_t* indices;
+};
+
+// The listed neurons by parts: part p has neurons bounds[p] … bounds[p + 1] - 1, numbered from 0, listed from
+// out[bounds[p]] on, counts[p] of them
+struct pinfer_split_active_arguments {
+    const int32_t *indices, *count;
+    int64_t parts;
+    const int64_t* bounds;  // [parts + 1], ascending from 0
+    int32_t *out, *counts;  // [bounds[parts]], [parts]
+};
+
+struct pinfer_copy_arguments {
+    const uint8_t* from;
+    int64_t bytes;
+    uint8_t* to;
+};
+
+// ---- what orders programs and times them -----------------------------------------------------------
+
+struct pinfer_worker;  // threads of their own that run jobs, see worker.h
+
+// A program for a worker. The last three are the core's; the rest stays as it is while the job runs.
+struct pinfer_job {
+    pinfer_worker* worker;
+    const pinfer_step* steps;
+    int64_t count;
+    pinfer_job* next;  // another one that pinfer_run_job runs beside this one, or null
+    int64_t ticket;    // of its last run; 0 before it is submitted
+    int32_t status;    // of its last run
+    int32_t refused;   // why pinfer_run_job could not submit it, or did not see its end; 0 where it could and did
+};
+
+// FORK submits the job, JOIN waits for its end and fails where it failed
+struct pinfer_job_arguments {
+    pinfer_job* job;
+};
+
+// AWAIT waits until *flag is at least *epoch (of numbers that wrap around); RAISE sets it to *epoch. Both see
+// and show all memory before, also that of a device that shares the flag.
+struct pinfer_flag_arguments {
+    int32_t* flag;
+    const int32_t* epoch;
+    double timeout_s;  // of AWAIT
+};
+
+// Fails unless a list that came from elsewhere is ascending within the neurons that are there
+struct pinfer_check_list_arguments {
+    const int32_t *indices, *count;
+    int64_t neurons;
+};
+
+// MARK notes the time and totals[0] (of a tally); PACE waits until `seconds` have passed since, and
+// `seconds_per_active` for each that totals[0] has grown by. totals may be null.
+struct pinfer_pace_arguments {
+    int64_t* mark;  // [2]
+    const int64_t* totals;
+    double seconds, seconds_per_active;
 };
 
 }  // extern "C"

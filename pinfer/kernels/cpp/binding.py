@@ -6,7 +6,8 @@ import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
+from typing import Any
 
 import torch
 
@@ -221,12 +222,96 @@ class TopK(Arguments):
     )
 
 
+class SplitActive(Arguments):
+    KIND = 15
+    _fields_ = (
+        ("indices", c_void_p),
+        ("count", c_void_p),
+        ("parts", c_int64),
+        ("bounds", c_void_p),
+        ("out", c_void_p),
+        ("counts", c_void_p),
+    )
+
+
+class Copy(Arguments):
+    KIND = 16
+    _fields_ = (("source", c_void_p), ("nbytes", c_int64), ("target", c_void_p))
+
+
+class Job(ctypes.Structure):
+    """`pinfer_job`."""
+
+    _fields_ = (
+        ("worker", c_void_p),
+        ("steps", c_void_p),
+        ("count", c_int64),
+        ("next", c_void_p),
+        ("ticket", c_int64),
+        ("status", c_int32),
+        ("refused", c_int32),
+    )
+
+
+class Fork(Arguments):
+    KIND = 64
+    _fields_ = (("job", c_void_p),)
+
+
+class Join(Arguments):
+    KIND = 65
+    _fields_ = (("job", c_void_p),)
+
+
+class Await(Arguments):
+    KIND = 66
+    _fields_ = (("flag", c_void_p), ("epoch", c_void_p), ("timeout_s", c_double))
+
+
+class Raise(Arguments):
+    KIND = 67
+    _fields_ = (("flag", c_void_p), ("epoch", c_void_p), ("timeout_s", c_double))
+
+
+class CheckList(Arguments):
+    KIND = 68
+    _fields_ = (("indices", c_void_p), ("count", c_void_p), ("neurons", c_int64))
+
+
+class Mark(Arguments):
+    KIND = 69
+    _fields_ = (("mark", c_void_p), ("totals", c_void_p), ("seconds", c_double), ("seconds_per_active", c_double))
+
+
+class Pace(Arguments):
+    KIND = 70
+    _fields_ = Mark._fields_
+
+
 class _Step(ctypes.Structure):
     _fields_ = (("kind", c_int32), ("arguments", c_void_p))
 
 
 class NotRecordable(RuntimeError):
     """Something was computed outside the core, which a program would not repeat; the message names it."""
+
+
+class StepFailed(RuntimeError):
+    """A program that waits for another thread or a device did not get to its end; the message says why."""
+
+
+TIMED_OUT = 1
+_FAILURES = {  # pinfer_status
+    TIMED_OUT: "a part that runs elsewhere did not end in time",
+    2: "a list that came from elsewhere names neurons that are not there",
+    3: "the worker is stopped, or belongs to the process that this one was forked from",
+}
+
+
+def check(status: int) -> None:
+    """StepFailed for a status that is not 0."""
+    if status:
+        raise StepFailed(_FAILURES.get(status, f"the core gave status {status}"))
 
 
 # Told of every step that runs; see program.py.
@@ -243,11 +328,28 @@ def listening(listener: Callable[[Arguments, tuple[object, ...]], None]) -> Iter
         _listener.reset(token)
 
 
+# What runs a step instead of the calling thread's team; see worker.py.
+_runner: ContextVar[Callable[[Any, tuple[object, ...]], None] | None] = ContextVar("pinfer_runner", default=None)
+
+
+@contextmanager
+def running_on(runner: Callable[[Any, tuple[object, ...]], None]) -> Iterator[None]:
+    """Have `runner` run the steps of the block: it is given an array of one, and what owns its memory."""
+    token = _runner.set(runner)
+    try:
+        yield
+    finally:
+        _runner.reset(token)
+
+
 def run(arguments: Arguments, multiplications: int, *kept: object) -> None:
     """Run one step now; `kept` owns the memory that its pointers name, for a program that records it."""
     if (listener := _listener.get()) is not None:
         listener(arguments, kept)
-    load_core().pinfer_run(steps([arguments]), 1, threads_for(multiplications))
+    if (runner := _runner.get()) is not None:
+        runner(steps([arguments]), (arguments, *kept))
+    else:
+        check(load_core().pinfer_run(steps([arguments]), 1, threads_for(multiplications)))
 
 
 def steps(arguments: list[Arguments]) -> ctypes.Array[_Step]:

@@ -77,7 +77,18 @@ def _declare(core: ctypes.CDLL) -> None:
     """The signatures of the functions that core.cpp exports."""
     integers = ctypes.POINTER(ctypes.c_int32)
     signatures = {
-        "pinfer_run": (None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)),
+        "pinfer_run": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)),
+        "pinfer_worker_new": (
+            ctypes.c_void_p,
+            (ctypes.c_int32, integers, ctypes.c_int32, ctypes.c_int32, ctypes.c_int64, ctypes.c_double),
+        ),
+        "pinfer_worker_settled": (ctypes.c_int32, (ctypes.c_void_p,)),
+        "pinfer_worker_stop": (ctypes.c_int32, (ctypes.c_void_p,)),
+        "pinfer_worker_free": (None, (ctypes.c_void_p,)),
+        "pinfer_submit": (ctypes.c_int32, (ctypes.c_void_p,)),
+        "pinfer_wait": (ctypes.c_int32, (ctypes.c_void_p,)),
+        "pinfer_run_job": (None, (ctypes.c_void_p,)),
+        "pinfer_node_of": (ctypes.c_int32, (ctypes.c_void_p,)),
         "pinfer_knows_type": (ctypes.c_int32, (ctypes.c_int32,)),
         "pinfer_scratch": (ctypes.c_int64, (ctypes.c_int64, ctypes.c_int64)),
         "pinfer_use": (ctypes.c_int32, (ctypes.c_char_p,)),

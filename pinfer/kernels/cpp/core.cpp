@@ -1,5 +1,5 @@
-// The C ABI: picks the widest instruction set the processor has, runs programs on a team of threads,
-// and places those threads and their memory.
+// The C ABI: picks the widest instruction set the processor has, runs programs on a team of threads and
+// on workers beside it, and places those threads and their memory.
 #include <algorithm>
 #include <cstring>
 
@@ -10,7 +10,7 @@
 #include <unistd.h>
 #endif
 
-#include "kernels.h"
+#include "control.h"
 
 namespace {
 
@@ -90,7 +90,12 @@ bool set_memory_policy(int32_t, const uint64_t*, int64_t) { return false; }
 
 #endif
 
+constexpr int64_t NODES = 1024;  // the most nodes Linux can be built for
+constexpr int32_t PREFERRED = 1;  // as set_mempolicy numbers it
+
 }  // namespace
+
+void pinfer::run_steps(Team& team, const pinfer_step* steps, int64_t count) { run_steps_of(*chosen, team, steps, count); }
 
 extern "C" {
 
@@ -116,14 +121,14 @@ int32_t pinfer_knows_type(int32_t type) { return chosen->knows(type); }
 
 int64_t pinfer_scratch(int64_t tokens, int64_t columns) { return pinfer_scratch_bytes(tokens, columns); }
 
-// Runs the steps in order, each by all threads together.
-void pinfer_run(const pinfer_step* steps, int64_t count, int32_t threads) {
+// Runs the steps in order, each by all threads together. What a program that fails has forked has ended, too,
+// or its worker has not answered in time.
+int32_t pinfer_run(const pinfer_step* steps, int64_t count, int32_t threads) {
     Shared shared;
-    const Kernels& kernels = *chosen;
     const auto work = [&](int id, int size) {
         move_to(pin_of(id));
         Team team{id, size, &shared};
-        for (int64_t i = 0; i < count; ++i) kernels.run[steps[i].kind](team, steps[i].arguments);
+        run_steps(team, steps, count);
     };
     if (threads <= 1) {
         work(0, 1);
@@ -132,6 +137,50 @@ void pinfer_run(const pinfer_step* steps, int64_t count, int32_t threads) {
         work(omp_get_thread_num(), omp_get_num_threads());
     }
     move_to(-1);  // the caller's thread is not ours to keep: what it starts later would inherit the pin
+    if (shared.status) wait_for_forks(steps, count);
+    return shared.status;
+}
+
+// A worker of so many threads, thread i on processor cpus[i] where `cpu_count` is above it, taking memory from a
+// node unless that is -1. Its threads spin so long before they sleep; waits for it take at most `timeout_s`.
+// Null where the system has no more threads.
+pinfer_worker* pinfer_worker_new(
+    int32_t threads, const int32_t* cpus, int32_t cpu_count, int32_t node, int64_t spin_us, double timeout_s
+) {
+    const std::vector<int32_t> places(cpus, cpus + cpu_count);
+    const auto settle = [=](int32_t id) {
+        uint64_t mask[NODES / 64] = {};
+        if (node >= 0 && node < NODES) mask[node / 64] = uint64_t(1) << (node % 64);
+        const bool pinned = id >= cpu_count || (places[size_t(id)] < MOST && move_to(places[size_t(id)]));
+        return pinned && (node < 0 || set_memory_policy(PREFERRED, mask, NODES));
+    };
+    try {
+        return new pinfer_worker(threads, spin_us, timeout_s, settle);
+    } catch (const std::exception&) {
+        return nullptr;
+    }
+}
+
+// How many of its threads are where they belong.
+int32_t pinfer_worker_settled(const pinfer_worker* worker) { return worker->settled.load(); }
+
+// Ends a worker's threads; later jobs are refused. 0 where it is still busy after its time, or another process's.
+int32_t pinfer_worker_stop(pinfer_worker* worker) { return worker->stop(); }
+
+// Stops it and lets go of its memory, unless its threads may still use that.
+void pinfer_worker_free(pinfer_worker* worker) {
+    if (worker->stop()) delete worker;
+}
+
+// Gives a job to its worker, and waits for its end.
+int32_t pinfer_submit(pinfer_job* job) { return job->worker->submit(*job); }
+int32_t pinfer_wait(const pinfer_job* job) { return job->worker->wait(*job); }
+
+// Runs a job and the ones chained to it beside each other, and notes in each how that went. A CUDA host function.
+void pinfer_run_job(void* first) {
+    for (auto* job = static_cast<pinfer_job*>(first); job; job = job->next) job->refused = pinfer_submit(job);
+    for (auto* job = static_cast<pinfer_job*>(first); job; job = job->next)
+        if (!job->refused) job->refused = pinfer_wait(job);
 }
 
 // Pins thread i of every later team to processor cpus[i], for as long as it runs one; count 0 lets them go.
@@ -154,14 +203,23 @@ int32_t pinfer_pin(const int32_t* cpus, int32_t count) {
 // set_mempolicy numbers it (0 default, 1 preferred, 3 interleaved), over `count` nodes. Returns how many
 // of `threads` threads the system did it for.
 int32_t pinfer_memory(int32_t mode, const int32_t* nodes, int32_t count, int32_t threads) {
-    constexpr int64_t BITS = 1024;  // the most nodes Linux can be built for
-    uint64_t mask[BITS / 64] = {};
+    uint64_t mask[NODES / 64] = {};
     for (int32_t i = 0; i < count; ++i)
-        if (nodes[i] >= 0 && nodes[i] < BITS) mask[nodes[i] / 64] |= uint64_t(1) << (nodes[i] % 64);
+        if (nodes[i] >= 0 && nodes[i] < NODES) mask[nodes[i] / 64] |= uint64_t(1) << (nodes[i] % 64);
     int32_t done = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : done)
-    done += set_memory_policy(mode, mask, BITS);
+    done += set_memory_policy(mode, mask, NODES);
     return done;
+}
+
+// The node that the page at an address comes from, or -1 where the system does not say.
+int32_t pinfer_node_of(const void* address) {
+#if defined(__linux__)
+    int32_t node = -1;
+    if (!syscall(SYS_get_mempolicy, &node, nullptr, 0, address, MPOL_F_NODE | MPOL_F_ADDR)) return node;
+#endif
+    (void)address;
+    return -1;
 }
 
 // Reads count bytes with all threads; the sum keeps the reads from being dropped.

@@ -2,6 +2,8 @@
 //
 // Results do not depend on the number of threads, bit for bit: work is split over outputs and
 // never over a sum.
+#include <algorithm>
+
 #include "abi.h"
 #include "kernels.h"
 #include "types.h"
@@ -485,6 +487,28 @@ void attention(Team& team, const pinfer_attention_arguments& a) {
     team.barrier();
 }
 
+// ---- parts of lists, copies ------------------------------------------------------------------------------
+
+void split_active(Team& team, const pinfer_split_active_arguments& a) {
+    team.share(a.parts, 1, [&](int64_t first, int64_t last) {
+        const int32_t* end = a.indices + *a.count;
+        for (int64_t p = first; p < last; ++p) {
+            const auto from = std::lower_bound(a.indices, end, int32_t(a.bounds[p]));
+            const auto to = std::lower_bound(from, end, int32_t(a.bounds[p + 1]));
+            for (auto i = from; i < to; ++i) a.out[a.bounds[p] + (i - from)] = *i - int32_t(a.bounds[p]);
+            a.counts[p] = int32_t(to - from);
+        }
+    });
+    team.barrier();
+}
+
+void copy(Team& team, const pinfer_copy_arguments& a) {
+    team.share(a.bytes, 1 << 20, [&](int64_t first, int64_t last) {
+        std::memcpy(a.to + first, a.from + first, size_t(last - first));
+    });
+    team.barrier();
+}
+
 // ---- the table -----------------------------------------------------------------------------------------
 
 template <class Arguments, void (*RUN_STEP)(Team&, const Arguments&)>
@@ -523,6 +547,8 @@ const Kernels TABLE = {
         erased<pinfer_top_k_arguments, top_k>,
         erased<pinfer_sign_scores_arguments, sign_scores>,
         erased<pinfer_tally_kept_arguments, tally_kept>,
+        erased<pinfer_split_active_arguments, split_active>,
+        erased<pinfer_copy_arguments, copy>,
     },
     knows,
     read_all,

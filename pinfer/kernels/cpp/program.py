@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
-from pinfer.kernels.cpp.binding import Arguments, NotRecordable, listening, steps
+from pinfer.kernels.cpp.binding import Arguments, NotRecordable, check, listening, steps
 from pinfer.kernels.cpp.build import load_core
 from pinfer.kernels.registry import Op, observe_ops
 
@@ -42,11 +43,36 @@ class Program:
         self._kept.append(kept)
         self._steps = None
 
-    def run(self) -> None:
-        """Repeat every call, writing the same memory."""
+    @property
+    def steps(self) -> Any:
+        """The array that the core runs; valid until something is added."""
         if self._steps is None:
             self._steps = steps(self._arguments)
-        load_core().pinfer_run(self._steps, len(self._arguments), self.threads)
+        return self._steps
+
+    def run(self) -> None:
+        """Repeat every call, writing the same memory. StepFailed where it waits for what does not come."""
+        check(load_core().pinfer_run(self.steps, len(self._arguments), self.threads))
+
+
+# The program that is being recorded, if any.
+_recorded: ContextVar[Program | None] = ContextVar("pinfer_program", default=None)
+
+
+def recording() -> Program | None:
+    """The program that the steps of this moment are noted in."""
+    return _recorded.get()
+
+
+@contextmanager
+def noting(program: Program) -> Iterator[Program]:
+    """Note the steps of the block, which run as usual, in a program: of a whole recording, or of a branch of one."""
+    token = _recorded.set(program)
+    try:
+        with listening(program.append):
+            yield program
+    finally:
+        _recorded.reset(token)
 
 
 class _Watch(TorchFunctionMode):
@@ -87,16 +113,18 @@ def record(threads: int) -> Iterator[Program]:
 
     @contextmanager
     def inside(op: Op) -> Iterator[None]:
-        before = len(program)
+        noted = recording()
+        assert noted is not None
+        before = len(noted)
         watch.inside_op = True
         try:
             yield
         finally:
             watch.inside_op = False
-        if len(program) == before:
+        if len(noted) == before:
             raise NotRecordable(f"op {op.name} did not run on the core")
 
-    with listening(program.append), observe_ops(inside), watch:
+    with noting(program), observe_ops(inside), watch:
         yield program
     if watch.problem is not None:
         raise NotRecordable(watch.problem)

@@ -6,6 +6,8 @@
 #include <cstdint>
 
 #if defined(__linux__)
+#include <ctime>
+
 #include <linux/futex.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -15,11 +17,72 @@
 
 namespace pinfer {
 
+using Clock = std::chrono::steady_clock;
+
+inline void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+#if defined(__linux__)
+// Sleeps while `word` is `value`, at most about a tenth of a second.
+inline void sleep_on(const std::atomic<int32_t>& word, int32_t value) {
+    const timespec limit{0, 100'000'000};
+    syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, &limit, nullptr, 0);
+}
+inline void wake_all(const std::atomic<int32_t>& word) {
+    syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+}
+#else
+inline void sleep_on(const std::atomic<int32_t>&, int32_t) { std::this_thread::yield(); }
+inline void wake_all(const std::atomic<int32_t>&) {}
+#endif
+
+// Whether ready() came true within so many microseconds.
+template <class Ready>
+bool spin_until(Ready ready, int64_t microseconds) {
+    const auto begun = Clock::now();
+    do {
+        for (int i = 0; i < 16; ++i) {
+            if (ready()) return true;
+            relax();
+        }
+    } while (Clock::now() - begun < std::chrono::microseconds(microseconds));
+    return false;
+}
+
+// A number that threads wait for: they spin for a while and then sleep.
+struct Signal {
+    alignas(64) std::atomic<int32_t> value{0};
+    alignas(64) std::atomic<int32_t> sleepers{0};
+
+    void set(int32_t to) {
+        value.store(to);
+        if (sleepers.load()) wake_all(value);
+    }
+
+    // Whether it was no longer `from` before the time was over.
+    bool wait_while(int32_t from, int64_t spin_us, double timeout_s) {
+        if (spin_until([&] { return value.load(std::memory_order_acquire) != from; }, spin_us)) return true;
+        const auto begun = Clock::now();
+        sleepers.fetch_add(1);
+        bool changed = value.load() != from;
+        while (!changed && std::chrono::duration<double>(Clock::now() - begun).count() < timeout_s) {
+            sleep_on(value, from);
+            changed = value.load() != from;
+        }
+        sleepers.fetch_sub(1);
+        return changed;
+    }
+};
+
 struct Shared {
     alignas(64) std::atomic<int32_t> arrived{0};
-    alignas(64) std::atomic<int32_t> phase{0};
-    alignas(64) std::atomic<int32_t> sleepers{0};
+    Signal phase;
     alignas(64) std::atomic<int64_t> next{0};
+    std::atomic<int32_t> stop{0};  // waits within steps are to end
+    int32_t status = 0;            // of the program; written by thread 0 between two barriers
 };
 
 // One thread's view. Work is handed out in pieces from a shared counter, so a thread whose core is
@@ -27,6 +90,7 @@ struct Shared {
 struct Team {
     int id, size;
     Shared* shared;
+    int32_t status = 0;  // not 0 where a step failed: the rest is not run
 
     // Threads that have cores of their own arrive within a piece of work of each other. One that waits
     // longer is waiting for a thread without a core, and had better give up its own: sleep.
@@ -38,39 +102,25 @@ struct Team {
             shared->next.store(0, std::memory_order_relaxed);
             return;
         }
-        const int32_t phase = shared->phase.load(std::memory_order_relaxed);
+        const int32_t phase = shared->phase.value.load(std::memory_order_relaxed);
         if (shared->arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
             shared->arrived.store(0, std::memory_order_relaxed);
             shared->next.store(0, std::memory_order_relaxed);
-            shared->phase.store(phase + 1);
-            if (shared->sleepers.load()) wake();
-        } else if (!spin(phase)) {
-            shared->sleepers.fetch_add(1);
-            while (shared->phase.load() == phase) sleep(phase);
-            shared->sleepers.fetch_sub(1);
+            shared->phase.set(int32_t(uint32_t(phase) + 1));
+        } else {
+            while (!shared->phase.wait_while(phase, SPIN_US, 1e9)) {
+            }
         }
     }
 
-    // Whether the phase ended while spinning.
-    bool spin(int32_t phase) const {
-        const auto begun = std::chrono::steady_clock::now();
-        while (std::chrono::steady_clock::now() - begun < std::chrono::microseconds(SPIN_US))
-            for (int i = 0; i < 16; ++i) {
-                if (shared->phase.load(std::memory_order_acquire) != phase) return true;
-#if defined(__x86_64__)
-                __builtin_ia32_pause();
-#endif
-            }
-        return false;
+    // Thread 0 does something whose status is everyone's.
+    template <class Body>
+    void lead(Body body) {
+        if (id == 0) shared->status = body();
+        barrier();
+        status = shared->status;
+        barrier();
     }
-
-#if defined(__linux__)
-    void sleep(int32_t phase) const { syscall(SYS_futex, &shared->phase, FUTEX_WAIT_PRIVATE, phase, nullptr, nullptr, 0); }
-    void wake() const { syscall(SYS_futex, &shared->phase, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0); }
-#else
-    void sleep(int32_t) const { std::this_thread::yield(); }
-    void wake() const {}
-#endif
 
     // The start of the next `count` items, which this thread now owns.
     int64_t take(int64_t count) {
