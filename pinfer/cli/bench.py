@@ -14,7 +14,18 @@ from rich.table import Table
 from pinfer.benchmark import ContestantReport, Report, Settings, Spread, run_benchmark
 from pinfer.cli import options
 from pinfer.cli.console import console, emit_json, note, printable, size
-from pinfer.cli.generate import ActivationOption, BackendOption, MethodOption, PredictorPath, Sparsity, Threads
+from pinfer.cli.generate import (
+    ActivationOption,
+    BackendOption,
+    DeviceOption,
+    GpuLayers,
+    GpuMemory,
+    MethodOption,
+    PlanFile,
+    PredictorPath,
+    Sparsity,
+    Threads,
+)
 from pinfer.config import RunConfig
 
 PromptTokens = Annotated[int, typer.Option("-p", "--n-prompt", help="Tokens of the prompt that prefill reads.")]
@@ -38,6 +49,10 @@ def bench(
     method: MethodOption = "auto",
     sparsity: Sparsity = None,
     predictor_path: PredictorPath = None,
+    gpu_layers: GpuLayers = None,
+    gpu_memory_gb: GpuMemory = None,
+    plan: PlanFile = None,
+    device: DeviceOption = "auto",
     activation: ActivationOption = None,
     backend: BackendOption = "auto",
     against: Against = None,
@@ -55,6 +70,10 @@ def bench(
         activation=activation,
         backend=backend,
         predictor_path=predictor_path,
+        device=device,
+        plan=plan,
+        gpu_layers=gpu_layers,
+        gpu_memory_gb=gpu_memory_gb,
     )
     interpreter = None if against is None else llama_python or sys.executable
     report = run_benchmark(Settings(run, prompt_tokens, decode_tokens, rounds, interpreter), note)

@@ -20,7 +20,11 @@ from pinfer.cli.generate import (
     ActivationOption,
     BackendOption,
     ColdFraction,
+    DeviceOption,
+    GpuLayers,
+    GpuMemory,
     MethodOption,
+    PlanFile,
     PrecisionOption,
     PredictorPath,
     PredictorRank,
@@ -89,6 +93,10 @@ def evaluate_command(
     recall: Recall = 0.99,
     predictor_path: PredictorPath = None,
     cold_fraction: ColdFraction = 0.0,
+    gpu_layers: GpuLayers = None,
+    gpu_memory_gb: GpuMemory = None,
+    plan: PlanFile = None,
+    device: DeviceOption = "auto",
     activation: ActivationOption = None,
     threads: Threads = None,
     backend: BackendOption = "auto",
@@ -109,13 +117,18 @@ def evaluate_command(
         predictor_rank=predictor_rank,
         recall=recall,
         predictor_path=predictor_path,
+        device="cpu" if cold_fraction else device,
+        plan=plan,
+        gpu_layers=gpu_layers,
+        gpu_memory_gb=gpu_memory_gb,
     )
     stride = window if stride is None else stride
     if output is not None:
         check_writable(Path(output))
     content = read_prompt(None, str(EVALUATION_TEXT) if text is None else text)
     assert content is not None  # a file was named
-    dense = load_engine(run.densely(), note)
+    on_cpu = dataclasses.replace(run.densely(), device="cpu", gpu_layers=None, gpu_memory_gb=None)
+    dense = load_engine(on_cpu, note)
     run = dataclasses.replace(run, method=what_to_run(run, dense.config, dense.gguf)[0])
     passage = _passage(dense, text, content, (window, stride, windows))
     started = time.perf_counter()

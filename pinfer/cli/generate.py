@@ -9,10 +9,9 @@ import typer
 
 from pinfer.cli import options
 from pinfer.cli.console import emit_json, note, read_prompt, size
-from pinfer.config import Activation, Backend, Method, Numa, Precision, RunConfig, SamplingConfig
+from pinfer.config import Activation, Backend, DeviceName, Method, Numa, Precision, RunConfig, SamplingConfig
 from pinfer.engine import Engine, Generation, GenerationStats, load_engine
 
-_CPU_ONLY = "this version computes on the CPU alone"
 YELLOW, RESET = "\x1b[33m", "\x1b[0m"
 
 Number = Annotated[int, typer.Option("-n", "--n-predict", help="Tokens to generate; -1: until the end of text.")]
@@ -23,11 +22,24 @@ PredictorPath = Annotated[
 GpuLayers = Annotated[
     int | None,
     typer.Option(
-        "-ngl", "--gpu-layers", "--n-gpu-layers", "--target-gpu-layers", help="Layers on the GPU (no effect yet)."
+        "-ngl",
+        "--gpu-layers",
+        "--n-gpu-layers",
+        "--target-gpu-layers",
+        help="So many of the last layers wholly on the GPU; above their number, or -1, the head too.",
     ),
 ]
 GpuMemory = Annotated[
-    float | None, typer.Option("--gpu-memory-gb", "--vram-budget", help="GPU memory to use, GB (no effect yet).")
+    float | None,
+    typer.Option("--gpu-memory-gb", "--vram-budget", help="GPU memory to place by, and the most to take, GB."),
+]
+DeviceOption = Annotated[
+    DeviceName,
+    typer.Option("--device", help="auto: a CUDA GPU if there is one; emulated: the GPU's part as a second CPU shard."),
+]
+PlanFile = Annotated[
+    str | None,
+    typer.Option("--plan", help="Placement to run, from pinfer plan -o; that of --predictor-path if left out."),
 ]
 Threads = Annotated[
     int | None,
@@ -70,6 +82,8 @@ def generate(
     predictor_path: PredictorPath = None,
     gpu_layers: GpuLayers = None,
     gpu_memory_gb: GpuMemory = None,
+    plan: PlanFile = None,
+    device: DeviceOption = "auto",
     threads: Threads = None,
     numa: NumaOption = "none",
     temp: Temperature = 0.8,
@@ -122,12 +136,15 @@ def generate(
         record=record,
         numa=numa,
         predictor_path=predictor_path,
+        device="cpu" if cold_fraction else device,
+        plan=plan,
+        gpu_layers=gpu_layers,
+        gpu_memory_gb=gpu_memory_gb,
     )
     if n_predict < -1:
         raise ValueError(f"-n must be -1 (until the end of text) or at least 0, not {n_predict}")
     if interactive and json:
         raise ValueError("--json has no meaning with -i")
-    _check_device_flags(gpu_layers, gpu_memory_gb)
     text = None if interactive and prompt is None and file is None else read_prompt(prompt, file)
     if text is not None and prompt is None:
         text = text.removesuffix("\n")  # an editor's last newline is not meant, as in llama.cpp
@@ -185,17 +202,6 @@ class _Task:
         )
 
 
-def _check_device_flags(gpu_layers: int | None, gpu_memory_gb: float | None) -> None:
-    if gpu_layers is not None:
-        if gpu_layers < -1:
-            raise ValueError(f"--gpu-layers must be at least -1, not {gpu_layers}")
-        note(f"--gpu-layers {gpu_layers} has no effect: {_CPU_ONLY}")
-    if gpu_memory_gb is not None:
-        if not 0 <= gpu_memory_gb < float("inf"):
-            raise ValueError(f"--gpu-memory-gb must be at least 0, not {gpu_memory_gb:g}")
-        note(f"--gpu-memory-gb {gpu_memory_gb:g} has no effect: {_CPU_ONLY}")
-
-
 def _stream(generation: Generation, echo: str | None, color: bool) -> None:
     if echo is not None:
         coloured = color and sys.stdout.isatty()
@@ -244,7 +250,7 @@ def summary(stats: GenerationStats) -> str:
     return (
         f"prompt {stats.prompt_tokens} tokens at {stats.prefill_tokens_per_s:.1f} tokens/s | {decode} | "
         f"density {100 * stats.density:.1f} % | peak memory {size(stats.peak_rss_bytes)}"
-    )
+    ) + (f" and {size(stats.vram_bytes)} of the GPU's" if stats.vram_bytes else "")
 
 
 def _figures(engine: Engine, generation: Generation) -> dict[str, Any]:
@@ -262,5 +268,23 @@ def _figures(engine: Engine, generation: Generation) -> dict[str, Any]:
         "density": stats.density,
         "recorded": stats.unrecorded is None,
         "peak_rss_bytes": stats.peak_rss_bytes,
-        "vram_bytes": 0,
+        "vram_bytes": stats.vram_bytes,
+        "placement": placement_figures(engine),
+    }
+
+
+def placement_figures(engine: Engine) -> dict[str, Any] | None:
+    """What is where, for --json; None where all is on the CPU."""
+    found = engine.placement
+    if found is None:
+        return None
+    return {
+        "device": found.device.name,
+        "source": found.source,
+        "gpu_layers": found.n_layers,
+        "hot_share": found.hot_share,
+        "head": found.plan.head,
+        "budget_bytes": found.device.budget,
+        "estimated_bytes": found.estimate.gpu_bytes,
+        "placed_bytes": found.device.account.peak,
     }

@@ -12,10 +12,13 @@ import torch
 
 from pinfer.config import DeviceName
 from pinfer.kernels.planes import repack
+from pinfer.models import Transformer
 from pinfer.overlap import Lane, emulated
+from pinfer.placement.memory import Reserves
 from pinfer.quant import QuantTensor, planes_row_bytes
 
 NO_CUDA = "torch finds no CUDA device here"
+PREFILL_CHUNK = 512  # tokens: bounds the attention mask and the widest activation
 CHUNK_BYTES = 64 << 20  # of a matrix that is rearranged on its way
 
 
@@ -36,13 +39,17 @@ class Account:
 
 
 class Device(ABC):
-    """Memory to place weights in, counted by `account`, and the lane that runs the CPU's part beside it."""
+    """Memory to place weights in, counted by `account`, and the lane that runs the CPU's part beside it.
+
+    `budget` is what the process may take of it, None without a limit; `rearranged` says whether weights lie in planes.
+    """
 
     name: str
     torch_device: torch.device
-    rearranged: bool  # whether weights lie in planes there
+    rearranged: bool
 
     def __init__(self, limit: int | None = None) -> None:
+        self.budget = limit
         self.account = Account(limit)
 
     @property
@@ -58,6 +65,11 @@ class Device(ABC):
         """The matrix there, laid out for its kernels; as `put`."""
         self.account.take(weight.nbytes)
         return weight.to(self.torch_device)
+
+    def probe(self, model: Transformer) -> None:
+        """Run a placed model once as widely as it will be, so that memory runs out here or not at all."""
+        tokens = torch.zeros(min(PREFILL_CHUNK, model.context), dtype=torch.int64)
+        model(tokens, model.new_cache(), last_only=True).cpu()
 
     @abstractmethod
     def lane(self, threads: int) -> Lane | None:
@@ -77,6 +89,9 @@ class Emulated(Device):
         self.account.take(weight.nbytes)
         return weight
 
+    def probe(self, model: Transformer) -> None:
+        """Activations are the CPU's: there is nothing to find out."""
+
     def lane(self, threads: int) -> Lane | None:
         return emulated(threads)
 
@@ -87,13 +102,13 @@ class Cuda(Device):
     name, rearranged = "cuda", True
 
     def __init__(self, limit: int | None = None) -> None:
-        super().__init__(limit)
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
         free, total = torch.cuda.mem_get_info(self.torch_device)
-        # Of the card, not of what is free: the context and other processes have their part already.
-        share = 1.0 if limit is None else min(1.0, limit / total)
-        torch.cuda.set_per_process_memory_fraction(share, self.torch_device)
-        self.free_bytes = free
+        context = Reserves().context_bytes  # of this process, taken before `free` was read
+        budget = free + context if limit is None else min(limit, free + context)
+        super().__init__(budget)
+        self.account.limit = max(0, budget - context)
+        torch.cuda.set_per_process_memory_fraction(self.account.limit / total, self.torch_device)
 
     @property
     def peak_bytes(self) -> int:

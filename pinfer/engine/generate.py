@@ -13,13 +13,12 @@ import torch
 
 from pinfer import sparsify
 from pinfer.config import SamplingConfig
+from pinfer.engine.devices import PREFILL_CHUNK
 from pinfer.engine.load import Engine
 from pinfer.engine.sampling import Sampler
 from pinfer.engine.step import DecodeStep
 from pinfer.engine.stop import StopStrings
 from pinfer.models import KVCache
-
-PREFILL_CHUNK = 512  # tokens: bounds the attention mask and the widest activation
 
 FinishReason = Literal["eos", "stop", "length", "context"]
 
@@ -35,6 +34,7 @@ class GenerationStats:
     decode_s: float
     density: float
     peak_rss_bytes: int
+    vram_bytes: int
     unrecorded: str | None  # why decode steps were not repeated from a recording, which is slower
 
     @property
@@ -180,7 +180,7 @@ class Generation:
 
     def _trim(self, logits: torch.Tensor) -> torch.Tensor:
         """The last row, without the padding that some embeddings have behind the vocabulary."""
-        return logits[-1, : self._engine.tokenizer.vocab_size]
+        return logits[-1, : self._engine.tokenizer.vocab_size].cpu()
 
     @property
     def stats(self) -> GenerationStats:
@@ -192,6 +192,7 @@ class Generation:
             decode_s=self._decode_s,
             density=sparsify.density(self._engine.model),
             peak_rss_bytes=peak_rss_bytes(),
+            vram_bytes=self._engine.vram_bytes,
             unrecorded=self._decode_step.reason if self._steps else None,
         )
 

@@ -12,6 +12,7 @@ import torch
 
 from pinfer.config import Method, ModelConfig, RunConfig
 from pinfer.engine.cores import default_threads, place_threads
+from pinfer.engine.devices import NO_CUDA, device_for
 from pinfer.engine.fitting import (
     STAGE,
     FitSettings,
@@ -24,8 +25,12 @@ from pinfer.engine.fitting import (
     kept_predictors,
     sequences_to_fit_on,
 )
+from pinfer.engine.place import place_model
+from pinfer.engine.plans import GB, Placement, Placer, mean_density
 from pinfer.engine.prepared import Prepared
+from pinfer.engine.shape import READS_ALL, model_shape
 from pinfer.engine.solved import Solved
+from pinfer.engine.step_down import Find, MemoryRanOut, within_memory
 from pinfer.engine.text import ASSETS, Text
 from pinfer.formats.gguf import GGUFFile
 from pinfer.formats.model_config import check_tensors, model_config
@@ -34,6 +39,7 @@ from pinfer.kernels.cpp import core_problem
 from pinfer.kernels.planes import repack
 from pinfer.kernels.registry import backend_on, check_backend, use_backend, use_int8
 from pinfer.models import Transformer, build_model, replace_weights
+from pinfer.overlap import Lane
 from pinfer.placement import Plan
 from pinfer.predictors import InputThreshold, Predictor
 from pinfer.sparsify import (
@@ -63,7 +69,8 @@ MAX_TOKEN_BYTES = 256  # no token of a known vocabulary is longer
 class Engine:
     """A loaded model with its tokenizer.
 
-    `notes` are remarks for the user, one line each; `progress` is told of steps that take seconds.
+    `placement` says what is on a GPU, None where nothing is. `notes` are remarks for the user, one line each;
+    `progress` is told of steps that take seconds.
     """
 
     run: RunConfig
@@ -72,6 +79,7 @@ class Engine:
     tokenizer: Tokenizer
     model: Transformer
     method: Method
+    placement: Placement | None = None
     notes: tuple[str, ...] = ()
     progress: Callable[[str], None] = lambda _: None
 
@@ -96,6 +104,11 @@ class Engine:
         return self.gguf.path
 
     @property
+    def vram_bytes(self) -> int:
+        """The most that has been taken of a GPU's memory so far; 0 without one."""
+        return 0 if self.placement is None else self.placement.device.peak_bytes
+
+    @property
     def int8(self) -> bool:
         """Whether activations are rounded to int8 where they meet quantised weights."""
         if self.run.precision == "auto":
@@ -107,7 +120,8 @@ def load_engine(run: RunConfig, progress: Callable[[str], None] = lambda _: None
     """Open `run.model` and apply `run.method`, telling `progress` of steps that take seconds.
 
     Raises FileNotFoundError or IsADirectoryError for the path, FormatError for the file's content,
-    ValueError for settings that the model cannot take.
+    ValueError for settings that the model cannot take and for placements that do not fit their budget,
+    RuntimeError where GPU memory runs out for all that.
     """
     path = SHIPPED_MODEL if run.model is None else Path(run.model)
     gguf = GGUFFile.open(path)
@@ -124,14 +138,59 @@ def load_engine(run: RunConfig, progress: Callable[[str], None] = lambda _: None
     tokenizer = load_tokenizer(gguf.metadata)
     if tokenizer.vocab_size > config.vocab_size:
         raise gguf.error(f"the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size} rows")
-    model = build_model(gguf, config, _context(run.context, config))
-    engine = Engine(run, gguf, config, tokenizer, model, method, progress=progress)
-    check_backend(run.backend, model.embedding.device)
+    check_backend(run.backend, torch.device("cpu"))
     prepared = Prepared(gguf, config, progress)
-    with engine.computing():
-        _make_sparse(engine, prepared, solved)
+    said: list[str] = []
+
+    def make(find: Find) -> Engine:
+        model = build_model(gguf, config, _context(run.context, config))
+        engine = Engine(run, gguf, config, tokenizer, model, method, progress=progress)
+        with engine.computing():
+            return _made(engine, prepared, solved, find)
+
+    engine = within_memory(make, said.append)
+    said += [str(engine.placement)] if engine.placement else _without_gpu(run)
+    return dataclasses.replace(engine, notes=(*remarks, *prepared.notes, *said, *_notes(engine, solved)))
+
+
+def _made(engine: Engine, prepared: Prepared, solved: Solved | None, find: Find) -> Engine:
+    """The engine with its model sparse, and placed where `find` says. MemoryRanOut as said there."""
+    run, model = engine.run, engine.model
+    device = device_for(run.device, None if run.gpu_memory_gb is None else int(GB * run.gpu_memory_gb))
+    predictors = _predictors(engine, prepared, solved)
+    if device is None:
+        plan = Plan.uniform(engine.config.n_layers, engine.config.d_ffn, run.cold_fraction)
+        _make_sparse(engine, prepared, predictors, plan if run.cold_fraction else None)
         _lay_out(model)
-    return dataclasses.replace(engine, notes=(*remarks, *prepared.notes, *_notes(engine, solved)))
+        return engine
+    shape = model_shape(engine.gguf, engine.config, engine.method, predictors.fitted, rearranged=device.rearranged)
+    placer = Placer(run, engine.method, shape, model.context, device, solved, mean_density(predictors.densities))
+    found = find(placer)
+    try:
+        lane = device.lane(torch.get_num_threads()) if any(layer.is_split for layer in found.plan.layers) else None
+        _make_sparse(engine, prepared, predictors, found.plan, lane)
+        place_model(model, found.plan, device, prepared.release)
+        device.probe(model)
+    except torch.OutOfMemoryError as problem:
+        raise MemoryRanOut(problem, placer, found) from problem
+    return dataclasses.replace(engine, placement=found)
+
+
+def _without_gpu(run: RunConfig) -> list[str]:
+    """What was asked for of a GPU that is not there."""
+    asked = {"--gpu-layers": run.gpu_layers, "--gpu-memory-gb": run.gpu_memory_gb, "--plan": run.plan}
+    given = [
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in asked.items()
+        if value is not None
+    ]
+    if not given:
+        return []
+    why = NO_CUDA if run.device == "auto" else f"device is {run.device}"
+    return [
+        f"{', '.join(given)}: {why}, so everything is computed on the CPU; "
+        "--device emulated runs the same placement on it, as if there were a GPU"
+    ]
 
 
 def what_to_run(run: RunConfig, config: ModelConfig, gguf: GGUFFile) -> tuple[Method, Solved | None]:
@@ -184,20 +243,30 @@ def _lay_out(model: Transformer) -> None:
         replace_weights(model, repack)
 
 
-def _make_sparse(engine: Engine, prepared: Prepared, solved: Solved | None) -> None:
-    if engine.method == "dense":
-        return
+@dataclass(frozen=True)
+class _Predictors:
+    """How a model's layers get their predictors; the fitted ones, and the densities they are set to, where there are."""
+
+    make: PredictorMaker | None
+    fitted: Sequence[Predictor] | None = None
+    densities: Sequence[float] | None = None
+
+
+def _make_sparse(
+    engine: Engine, prepared: Prepared, predictors: _Predictors, plan: Plan | None, lane: Lane | None = None
+) -> None:
     if engine.method == "input_threshold":
         sparsify_inputs(engine.model, _input_thresholds(engine), prepared.input_major())
-        return
-    config, run = engine.config, engine.run
-    plan = Plan.uniform(config.n_layers, config.d_ffn, run.cold_fraction) if run.cold_fraction else None
-    sparsify(engine.model, _predictors(engine, prepared, solved), plan, prepared.downs())
+    elif predictors.make is not None:
+        sparsify(engine.model, predictors.make, plan, prepared.downs(), lane=lane, release=prepared.release)
 
 
-def _predictors(engine: Engine, prepared: Prepared, solved: Solved | None) -> PredictorMaker:
+def _predictors(engine: Engine, prepared: Prepared, solved: Solved | None) -> _Predictors:
+    """Of the dense model, which they may be fitted on."""
+    if engine.method in READS_ALL:
+        return _Predictors(None)
     if engine.method == "exact":
-        return exact_predictors
+        return _Predictors(exact_predictors)
     densities = None
     if solved is None:
         fitted = _fitted(engine, prepared)
@@ -210,7 +279,7 @@ def _predictors(engine: Engine, prepared: Prepared, solved: Solved | None) -> Pr
     elif engine.method in THRESHOLDED:
         assert solved is not None  # `resolve_method` asks for a sparsity
         raise ValueError(f"{solved.path}: its predictors were never calibrated: give a sparsity, or run pinfer solve")
-    return fitted_predictors(fitted)
+    return _Predictors(fitted_predictors(fitted), fitted, densities)
 
 
 def _input_thresholds(engine: Engine) -> list[InputThreshold]:

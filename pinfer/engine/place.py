@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -12,8 +13,9 @@ from pinfer.ffn import HybridFFN
 from pinfer.models import Transformer
 from pinfer.models.layers import CPU
 from pinfer.models.transformer import Block
-from pinfer.models.weights import move
+from pinfer.models.weights import WeightChange, move
 from pinfer.placement import LayerPlan, Plan
+from pinfer.quant import QuantTensor
 
 
 class Elsewhere(nn.Module):
@@ -39,29 +41,39 @@ def runnable(plan: Plan) -> Plan:
     return replace(plan, layers=tuple(predictor(layer) for layer in plan.layers))
 
 
-def place_model(model: Transformer, plan: Plan, device: Device) -> None:
+def place_model(
+    model: Transformer, plan: Plan, device: Device, release: Callable[[QuantTensor], None] = lambda _: None
+) -> None:
     """Put the GPU's part of a plan on a device, in place: `sparsify` has split the layers by the same plan already.
 
     Keys and values of one sequence, and tables of the rotary embedding, are counted where they will be allocated.
+    `release` is told of each matrix that has been copied there.
     torch.OutOfMemoryError where the device is full; the model cannot be used then.
     """
+
+    def put(weight: QuantTensor) -> QuantTensor:
+        there = device.put_weight(weight)
+        if there.device != weight.device:
+            release(weight)
+        return there
+
     for block, layer in zip(model.layers, plan.layers, strict=True):
         if layer.attention == "gpu":
             for name, part in block.named_children():
                 if name != "ffn":
-                    move(part, device.put, device.put_weight)
-        _place_ffn(block, layer, device)
+                    move(part, device.put, put)
+        _place_ffn(block, layer, device, put)
     if plan.head == "gpu":
-        move(model.norm, device.put, device.put_weight)
-        model.head = device.put_weight(model.head)  # the embedding stays, of which a token reads one row
+        move(model.norm, device.put, put)
+        model.head = put(model.head)  # the embedding stays, of which a token reads one row
     _reserve(model, plan, device)
 
 
-def _place_ffn(block: Block, layer: LayerPlan, device: Device) -> None:
+def _place_ffn(block: Block, layer: LayerPlan, device: Device, put: WeightChange) -> None:
     """Put the hot neurons there; a predictor for all of them is the hot shard's own."""
     ffn = block.ffn
     if layer.n_hot:
-        move(ffn.hot if isinstance(ffn, HybridFFN) else ffn, device.put, device.put_weight)
+        move(ffn.hot if isinstance(ffn, HybridFFN) else ffn, device.put, put)
     computes = device.torch_device if layer.n_hot else CPU
     if computes != block.device:
         block.ffn = Elsewhere(ffn, computes)

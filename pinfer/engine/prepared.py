@@ -59,6 +59,7 @@ class Prepared:
         self._large = gguf.nbytes >= CACHE_FROM_BYTES
         self._kept = self._large and not os.environ.get("PINFER_NO_CACHE")
         self.notes: list[str] = []
+        self._mapped = {_storage(gguf.tensor("token_embd.weight"))}
 
     def progress(self, step: str) -> None:
         """Tell of a layer's step where the model is large enough for it to take long."""
@@ -84,6 +85,11 @@ class Prepared:
         for layer in range(self._config.n_layers):  # calibration may have read them
             release_pages(self._source(layer))
         return found
+
+    def release(self, weight: QuantTensor) -> None:
+        """Let go of the pages of a mapped weight that has been copied; others are left alone."""
+        if _storage(weight) in self._mapped:
+            release_pages(weight)
 
     def input_major(self) -> InputMajorMaker:
         """Each layer's weights by input: `down` as of `downs`, gate and up transposed in memory at each start."""
@@ -234,6 +240,7 @@ class Prepared:
                 release_pages(down)
             with contextlib.suppress(OSError):  # a sound copy, then: it need not be read whole again
                 os.utime(path, ns=(sealed_ns, sealed_ns))
+        self._mapped.add(_storage(downs[0]))
         return lambda layer, _: (downs[layer], errors[layer])
 
     def _open_predictors(self, path: Path, key: str, gates: Sequence[GateOf]) -> list[Predictor]:
@@ -248,6 +255,11 @@ class Prepared:
             raise ValueError(f"its format version is {version}, expected {FORMAT}")
         if of_model != self._fingerprint:
             raise ValueError("it was made from another model than the one it lies beside")
+
+
+def _storage(weight: QuantTensor) -> int:
+    """Where the memory begins that a weight is a view of: for those of a file, its whole mapping."""
+    return weight.blocks.untyped_storage().data_ptr()
 
 
 def _crc32(weight: QuantTensor) -> str:

@@ -145,13 +145,15 @@ class Op:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the forced backend, or on the one for the first tensor argument's device."""
-        if self.takes_int8:
-            kwargs.setdefault("int8", _int8.get())
         backend = _forced.get()
         if backend == "auto":
             backend = _backend_for(_device_of(args, kwargs))
+            if self.takes_int8 and backend == "triton":  # a GPU beside the core, which alone gains by rounding
+                kwargs.setdefault("int8", False)
         elif backend == "triton":
             check_backend(backend, _device_of(args, kwargs))
+        if self.takes_int8:
+            kwargs.setdefault("int8", _int8.get())
         run, observer = self.implementation(backend), _observer.get()
         if observer is None:
             return run(*args, **kwargs)

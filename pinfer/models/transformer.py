@@ -98,8 +98,9 @@ class Transformer(nn.Module):
         for rope in self.ropes:
             rope.reserve(cache.length + tokens.shape[0])
 
-    def new_cache(self) -> KVCache:
-        return KVCache(self.config, self.context, [block.device for block in self.layers])
+    def new_cache(self, context: int | None = None) -> KVCache:
+        """A cache on the blocks' devices, of as many positions as the model has room for if not said."""
+        return KVCache(self.config, context or self.context, [block.device for block in self.layers])
 
     @property
     def layers(self) -> list[Block]:

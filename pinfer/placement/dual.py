@@ -76,9 +76,16 @@ class Chain:
             side = back[number][side, column]
         return stay.min(axis=0), ways
 
-    def crossings_s(self, ways: np.ndarray) -> np.ndarray:
-        """Float64 [...] of ways int64 [..., layers]."""
-        on_gpu = ON_GPU[ways]
+    def at_home(self, on_gpu: np.ndarray) -> Chain:
+        """The same with the attention of each layer, and the head, where bool [layers] says."""
+        layers = [
+            Layer(layer.rates, tuple(one if ON_GPU[way] == here else None for way, one in enumerate(layer.curves)))
+            for layer, here in zip(self.layers, on_gpu, strict=True)
+        ]
+        return Chain(layers, self.to_gpu_s, self.to_cpu_s)
+
+    def crossings_s(self, on_gpu: np.ndarray) -> np.ndarray:
+        """Float64 [...] of homes bool [..., layers], where that is the GPU."""
         before = np.concatenate([np.zeros((*on_gpu.shape[:-1], 1), dtype=bool), on_gpu[..., :-1]], axis=-1)
         return self.to_gpu_s * (on_gpu & ~before).sum(-1) + self.to_cpu_s * (before & ~on_gpu).sum(-1)
 
@@ -86,7 +93,7 @@ class Chain:
         tables = Tables.at(self.layers, prices)
         _, ways = self.shortest(tables.seconds + prices * tables.bytes)
         seconds, count = (np.take_along_axis(one, ways[:, None], axis=1)[:, 0].sum(0) for one in tables[:2])
-        return Path(ways, seconds + self.crossings_s(ways.T), count)
+        return Path(ways, seconds + self.crossings_s(ON_GPU[ways.T]), count)
 
     def bound(self, prices: np.ndarray, capacity: int) -> float:
         """Seconds that no placement of any choice of neurons is below; the best that these prices prove."""

@@ -1,7 +1,7 @@
 """The fixed costs by branch and bound: HiGHS (Huangfu & Hall 2018) over ways as binaries, hot neurons as numbers.
 
-A curve enters as its tangents, which hold only where its way is taken (perspective form): t >= (T_j + gain_j j) z -
-gain_j h for the tangent at j of H = least + h. Few tangents keep it a relaxation, so its bound holds; all of them, with h
+A curve enters as its tangents, which hold only where its way is taken (perspective form): t >= (T_j - slope_j j) z +
+slope_j h for the tangent at j of H = least + h. Few tangents keep it a relaxation, so its bound holds; all of them, with h
 whole, make it exact over hottest-first placements.
 """
 
@@ -92,21 +92,24 @@ def by_highs(
     values, bound = model.solve(0.0 if exact else LEAST_GAP)
     if values is None:
         return None, bound / scale, None
-    ways = np.array([max(ones, key=lambda way, ones=ones: values[ones[way]]) for ones in taken])
+    ways = np.array([list(ones)[int(np.argmax(values[list(ones.values())]))] for ones in taken])
     if not exact:
         return ways, bound / scale, None
     counts = [
         chain.curve(number, int(way)).least + (round(values[hot[number, int(way)]]) if (number, int(way)) in hot else 0)
         for number, way in enumerate(ways)
     ]
-    total = sum(int(chain.curve(number, int(way)).bytes(np.int64(count))) for number, (way, count) in enumerate(zip(ways, counts, strict=True)))
+    total = sum(
+        int(chain.curve(number, int(way)).bytes(np.int64(count)))
+        for number, (way, count) in enumerate(zip(ways, counts, strict=True))
+    )
     # An exact optimum over hottest-first placements is no bound for other choices of neurons.
     return (ways, -np.inf, np.array(counts)) if total <= capacity else (None, -np.inf, None)
 
 
 def _curve(model: _Model, curve: Curve, z: int, price: float, scale: float, *, exact: bool) -> int | None:
     """Adds the seconds of a way that is taken by z; the column of h, or None for a point."""
-    last = len(curve.gains) if exact else min(len(curve.gains), int(curve.balance) - curve.least)
+    last = len(curve.slopes) if exact else min(len(curve.slopes), int(curve.balance) - curve.least)
     width = float(last) if exact else curve.balance - curve.least
     if last <= 0:
         model.costs[z] += scale * (float(curve.seconds[0]) if exact else min(curve.floor_s, float(curve.seconds[0])))
@@ -117,15 +120,14 @@ def _curve(model: _Model, curve: Curve, z: int, price: float, scale: float, *, e
     if not exact:
         model.row({t: 1.0, z: -scale * curve.floor_s}, low=0.0)
     for j in range(last) if exact else _tangents(curve, last, price):
-        seconds, gain = float(curve.seconds[j]), float(curve.gains[j])
-        model.row({t: 1.0, z: -scale * (seconds + gain * j), h: scale * gain}, low=0.0)
+        seconds, slope = float(curve.seconds[j]), float(curve.slopes[j])
+        model.row({t: 1.0, z: -scale * (seconds - slope * j), h: -scale * slope}, low=0.0)
     return h
 
 
 def _tangents(curve: Curve, last: int, price: float) -> np.ndarray:
     """Where to touch a curve: evenly, and densely around the best point at this price."""
-    gain = max(price * curve.unit_bytes, 1e-300)
-    near = np.searchsorted(-curve.gains[:last], -gain * np.geomspace(1 / 4, 4, TANGENTS)[::-1])
+    near = np.searchsorted(curve.slopes[:last], -price * curve.unit_bytes * np.geomspace(1 / 4, 4, TANGENTS))
     return np.unique(np.clip(np.append(near, np.linspace(0, last - 1, TANGENTS // 2).astype(int)), 0, last - 1))
 
 
@@ -135,6 +137,6 @@ def _crossings(model: _Model, chain: Chain, taken: list[dict[int, int]], scale: 
         here = {z: 1.0 for way, z in ones.items() if ON_GPU[way]}
         for cost, sign in ((chain.to_gpu_s, 1.0), (chain.to_cpu_s, -1.0)):
             crossing = model.column(scale * cost)
-            terms = {z: -sign for z in here} | {z: sign for z in before}
+            terms = dict.fromkeys(here, -sign) | dict.fromkeys(before, sign)
             model.row({crossing: 1.0} | terms, low=0.0)
         before = here

@@ -27,10 +27,9 @@ class Way(NamedTuple):
     hot: str
 
 
-# What is left out is never better: predicting on the GPU for a layer that has nothing else there.
+# Who has all neurons predicts for them, and the CPU never for both: it is the slower one.
 WAYS = (
     Way("gpu", "cpu", "none"),
-    Way("gpu", "gpu", "none"),
     Way("gpu", "split", "some"),
     Way("gpu", "gpu", "some"),
     Way("gpu", "split", "all"),
@@ -47,14 +46,14 @@ ON_GPU = np.array([way.home == "gpu" for way in WAYS])
 class Curve:
     """Seconds and bytes of one way for H = least … most, where the last is the balance or all but one.
 
-    seconds: float64 [most - least + 1], falling and convex. gains: float64 [most - least], what each further neuron
-    brings, never rising. first_bytes: at H = least. unit_bytes: of a further neuron. floor_s: no choice of neurons
+    seconds: float64 [most - least + 1], falling and convex. slopes: float64 [most - least], what each further neuron
+    adds, below 0 and never falling. first_bytes: at H = least. unit_bytes: of a further neuron. floor_s: no choice of neurons
     whatever takes less. balance: the fractional H, above `least`, at which hottest-first would reach it.
     """
 
     least: int
     seconds: np.ndarray
-    gains: np.ndarray
+    slopes: np.ndarray
     first_bytes: int
     unit_bytes: int
     floor_s: float
@@ -62,11 +61,11 @@ class Curve:
 
     @property
     def most(self) -> int:
-        return self.least + len(self.gains)
+        return self.least + len(self.slopes)
 
     def counts(self, prices: np.ndarray) -> np.ndarray:
         """The best H int64 [K] at prices float64 [K]; among equals the largest."""
-        return self.least + np.searchsorted(-self.gains, -prices * self.unit_bytes, side="right")
+        return self.least + np.searchsorted(self.slopes, -prices * self.unit_bytes, side="right")
 
     def time(self, counts: np.ndarray) -> np.ndarray:
         return self.seconds[counts - self.least]
@@ -144,10 +143,10 @@ def _curve(
     if split is None:
         return None
     seconds = fixed + np.maximum(split.gpu, split.cpu)[: split.most]
-    gains = split.a_neuron_s + split.a_name_s * hottest[1 : split.most]
-    if len(gains):
-        gains[-1] = min(gains[-1], seconds[-2] - seconds[-1])  # the GPU's part may be the longer one at the last
-    return Curve(1, seconds, gains, count(1), count(2) - count(1), fixed + split.floor_s, split.balance)
+    slopes = -(split.a_neuron_s + split.a_name_s * hottest[1 : split.most])
+    if len(slopes):
+        slopes[-1] = max(slopes[-1], seconds[-1] - seconds[-2])  # the GPU's part may be the longer one at the last
+    return Curve(1, seconds, slopes, count(1), count(2) - count(1), fixed + split.floor_s, split.balance)
 
 
 def _point(seconds: float, count: int, neurons: int = 0) -> Curve:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from pinfer.kernels.transpose import transposed_type
 from pinfer.placement.shape import FLOAT_BYTES, ModelShape, PredictorShape, layer_shape
-from pinfer.quant import BF16, BY_NAME, F16, F32, Q4_0, Q4_K, Q5_K, Q6_K, Q8_0, QuantType, planes_row_bytes
+from pinfer.quant import BY_NAME, Q4_0, Q4_K, Q5_K, Q6_K, QuantType, planes_row_bytes
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def published_shape(
 
     def one(layer: int) -> Stored:
         stored = kind("ffn_down", layer)
-        return Stored(_transposed(stored, dims.d_model) if down == "rows" else stored, dims.d_ffn, dims.d_model)
+        return Stored(transposed_type(stored, dims.d_model) if down == "rows" else stored, dims.d_ffn, dims.d_model)
 
     parts = ("ffn_gate", "ffn_up") if dims.gated else ("ffn_up",)
     layers = tuple(
@@ -169,10 +170,3 @@ def predictor_shape(kind: str, name: str, *, rank: int = 256, total_bytes: int =
     if kind not in makers:
         raise ValueError(f"predictor {kind!r} is none of {', '.join(makers)}")
     return makers[kind]()
-
-
-def _transposed(kind: QuantType, width: int) -> QuantType:
-    """The type of `down` as rows, as `kernels.transpose.transpose_weights` leaves it."""
-    if kind in (F32, F16, BF16):
-        return kind
-    return Q8_0 if width % Q8_0.block_size == 0 else F16

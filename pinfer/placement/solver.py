@@ -6,30 +6,37 @@
    for each such choice of ways the memory goes to the most useful neurons, which is exact but for less than a neuron.
 3. If more than TOLERANCE is left, or the instance is small enough to be exact, HiGHS decides the fixed costs (`exact`).
 
-Steps 1 and 2 try the same choices for all budgets between the same two placements, and each choice is only helped by
-memory; so time never rises with the budget.
+Steps 1 and 2 try the same choices for all budgets between the same two placements, each choice is only helped by memory,
+and no budget below such a placement's own can do better than it: so time does not rise with the budget, but for the
+ROUNDING that a choice must promise to be looked at. Where HiGHS decided (`Solution.method`), it does not by more than the
+gap.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from pinfer.placement.dual import Bracket, Chain, Tables, bracket, filled
 from pinfer.placement.exact import by_highs
 from pinfer.placement.memory import Memory, capacity
 from pinfer.placement.options import ON_GPU, head_ways, layer_ways
-from pinfer.placement.plan import Plan
+from pinfer.placement.plan import LayerPlan, Plan
 from pinfer.placement.problem import Problem, TokenTime, crossing_s, evaluate
 
 TOLERANCE = 1e-3
 SMALL = 600  # points (a layer, a way, a number of hot neurons) that HiGHS takes exactly
-NEIGHBOURHOOD, PRICES = 16.0, 33  # prices around the bracket's that a choice of ways is bounded at
+ROUNDING = 1e-5  # of the time: what a choice must promise to be looked at
+NEIGHBOURHOOD, PRICES, FORBIDDEN = 16.0, 129, 1e12  # prices around the bracket's that a choice of ways is bounded at
+CHOICES = 2000  # of ways that are bounded
+MOST_MOVED, WIDEST = 3, {2: 48, 3: 16}  # pairs and threes are of so many of the best moves of a layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +61,26 @@ class Solution:
 
     @property
     def tokens_per_s(self) -> float:
-        return 1 / self.token_s
+        return 1 / self.token_s if self.token_s else np.inf
 
     @property
     def gap(self) -> float:
         """(token_s - bound_s) / token_s: by how much the best placement may be better."""
-        return max(0.0, 1 - self.bound_s / self.token_s)
+        return max(0.0, 1 - self.bound_s / self.token_s) if self.token_s else 0.0
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """For the plan's JSON."""
+        return {
+            "token_s": self.token_s,
+            "tokens_per_s": self.tokens_per_s,
+            "bound_s": self.bound_s,
+            "gap": self.gap,
+            "method": self.method,
+            "solve_seconds": self.solve_seconds,
+            "gpu_bytes": dict(self.memory.gpu),
+            "cpu_bytes": dict(self.memory.cpu),
+        }
 
 
 class Choice(NamedTuple):
@@ -72,27 +93,29 @@ class Choice(NamedTuple):
 
 def solve(problem: Problem) -> Solution:
     """The best placement found. ValueError, with what would fit, where the pinned layers do not."""
-    start = time.perf_counter()
+    start, byte_s = time.perf_counter(), 1 / problem.hardware.cpu_speed
     chain = chain_of(problem)
     room = capacity(problem.shape, problem.budget, problem.reserves)
     if not problem.pinned:
         room = max(room, 0)  # a GPU without room for anything stays out of it
-    found = bracket(chain, room, 1 / problem.hardware.cpu_speed)
+    found = bracket(chain, room, byte_s)
     if found is None:
         raise ValueError(refusal(problem))
-    best, prices = _search(chain, room, found)
-    bound, method = chain.bound(prices, room), "dual"
+    best = _search(chain, room, found, byte_s)
+    bound, method = chain.bound(_prices(found), room), "dual"
     small = sum(curve.most - curve.least + 1 for layer in chain.layers for curve in layer.curves if curve) <= SMALL
     if best.seconds - bound > (1e-12 if small else TOLERANCE) * best.seconds:
         ways, proven, counts = by_highs(chain, room, found.high, best.seconds, exact=small)
         bound = max(bound, proven)
         if counts is None and ways is not None:
-            counts = filled(chain, ways, room, 0.0, prices[-1])
+            counts = filled(chain, ways, room, 0.0, FORBIDDEN * found.high)
         if ways is not None and counts is not None and (other := _choice(chain, ways, counts)).seconds < best.seconds:
             best, method = other, "highs"
     plan = _plan(problem, chain, best)
+    predicted, taken = evaluate(problem, plan), problem.memory(plan)
     took = time.perf_counter() - start
-    return Solution(plan, evaluate(problem, plan), problem.memory(plan), bound, found.high, method, took)
+    solution = Solution(plan, predicted, taken, bound, float(found.high), method, took)
+    return dataclasses.replace(solution, plan=dataclasses.replace(plan, figures=solution.figures))
 
 
 def chain_of(problem: Problem) -> Chain:
@@ -108,65 +131,170 @@ def chain_of(problem: Problem) -> Chain:
     return Chain(layers, crossing_s(problem, "gpu"), crossing_s(problem, "cpu"))
 
 
-def _search(chain: Chain, room: int, found: Bracket) -> tuple[Choice, np.ndarray]:
-    """The best of the choices around a bracket, and the prices that they were bounded at.
+def _search(chain: Chain, room: int, found: Bracket, byte_s: float) -> Choice:
+    """The best choice around a bracket.
 
-    A choice of ways cannot beat the best yet if at some price even its Lagrangian value does not.
+    First where each layer's attention is: on the way from one end of the bracket to the other. With that given, layers
+    are independent, and a bracket of their own is searched. A choice cannot beat the best yet if at some price even its
+    Lagrangian value does not.
     """
-    if found.high == 0:
-        prices = np.zeros(1)
-        counts = Tables.at(chain.layers, prices).counts[np.arange(len(found.fitting)), found.fitting, 0]
-        return _choice(chain, found.fitting, counts), prices
-    around = found.high * np.geomspace(1 / NEIGHBOURHOOD, NEIGHBOURHOOD, PRICES)
-    prices = np.concatenate([[0.0], np.unique(np.append(around, [found.low, found.high])), [found.high * 1e12]])
+    prices = _prices(found)
+    homes = np.unique(ON_GPU[_mixtures(found)], axis=0)
     tables = Tables.at(chain.layers, prices)
-    choices = np.array(list(_choices(tables, found)))
-    rows = np.arange(choices.shape[1])
-    seconds = sum(tables.seconds[row, choices[:, row]] for row in rows) + chain.crossings_s(choices)[:, None]
-    count = sum(tables.bytes[row, choices[:, row]] for row in rows)
-    bounds = (seconds + prices * (count - room)).max(axis=1)
+    costs = tables.seconds + prices * tables.bytes
+    least = np.stack([costs[:, ~ON_GPU].min(axis=1), costs[:, ON_GPU].min(axis=1)], axis=1)  # [layers, 2, K]
+    every = np.arange(homes.shape[1])
+    values = least[every, homes.astype(np.int64)].sum(axis=1) + chain.crossings_s(homes)[:, None]
+    bounds = (values - prices * room).max(axis=1)
     best: Choice | None = None
     for number in np.argsort(bounds, kind="stable"):
-        if best is not None and bounds[number] >= best.seconds:
+        if best is not None and bounds[number] >= best.seconds * (1 - ROUNDING):
+            break
+        at_home = chain.at_home(homes[number])
+        around = bracket(at_home, room, byte_s)
+        if around is not None:
+            best = _best(at_home, room, around, best)
+    assert best is not None, "the fitting end of the bracket fits"
+    return best
+
+
+def _best(chain: Chain, room: int, found: Bracket, best: Choice | None) -> Choice:
+    """The best choice around a bracket, or the best so far."""
+    prices = _prices(found)
+    choices, seconds, count = _choices(chain, found, prices)
+    bounds = (seconds + prices * (count - room)).max(axis=1)
+    for number in np.argsort(bounds, kind="stable"):
+        if best is not None and bounds[number] >= best.seconds * (1 - ROUNDING):
             break
         fits = np.flatnonzero(count[number] <= room)
         if not len(fits):
             continue
         low = max(fits[0] - 1, 0)
         counts = filled(chain, choices[number], room, prices[low], prices[fits[0]])
-        if counts is not None and (other := _choice(chain, choices[number], counts)).seconds < (best.seconds if best else np.inf):
-            best = other
+        if counts is not None:
+            other = _choice(chain, choices[number], counts)
+            best = other if best is None or other.seconds < best.seconds else best
     assert best is not None, "the fitting end of the bracket fits"
-    return best, prices
+    return best
 
 
-def _choices(tables: Tables, found: Bracket) -> Iterator[np.ndarray]:
-    """Ways to round between the two ends of a bracket, int64 [layers] each; none depends on the budget."""
+def _prices(found: Bracket) -> np.ndarray:
+    """Prices around a bracket's, the denser the nearer, and two at which memory is free and forbidden."""
+    if found.high == 0:
+        return np.zeros(1)
+    steps = np.linspace(-1, 1, PRICES)
+    around = found.high * NEIGHBOURHOOD ** (np.sign(steps) * steps**2)
+    return np.concatenate([[0.0], np.unique(np.append(around, [found.low, found.high])), [FORBIDDEN * found.high]])
+
+
+def _choices(chain: Chain, found: Bracket, prices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ways int64 [choices, layers] around a bracket, their seconds and bytes float64 [choices, K] at K prices; none
+    depends on the budget.
+
+    Layers go over from one end of the bracket to the other, in either order; and from each of these mixtures one layer
+    is placed otherwise, or two or three where there is room for them.
+    """
+    mixed = _mixtures(found)
+    alone = (found.fitting == found.exceeding).all()  # the memory between goes to neurons, one by one
+    layers, ways = _moves(chain, found, 1 if alone else max(1, CHOICES // len(mixed)))
+    before = mixed[:, layers]  # [mixtures, moves, up to 3]
+    after = np.where(ways < 0, before, ways)
+    tables, every = Tables.at(chain.layers, prices), np.arange(mixed.shape[1])
+    sums = []
+    for table in (tables.seconds, tables.bytes):
+        change = (table[layers, after] - table[layers, before]).sum(axis=2)
+        sums.append((table[every, mixed].sum(axis=1)[:, None] + change).reshape(-1, len(prices)))
+    choices = np.repeat(mixed[:, None], len(layers), axis=1)
+    np.put_along_axis(choices, np.broadcast_to(layers, after.shape), after, axis=2)
+    choices = choices.reshape(-1, mixed.shape[1])
+    return choices, sums[0] + chain.crossings_s(ON_GPU[choices])[:, None], sums[1]
+
+
+def _mixtures(found: Bracket) -> np.ndarray:
+    """From the bracket's fitting end to the exceeding one, layer by layer, first to last and last to first."""
     differing = np.flatnonzero(found.fitting != found.exceeding)
+    rows = [found.fitting, found.exceeding]
     for order in (differing, differing[::-1]):
-        for count in range(len(order) + 1):
-            mixed = found.fitting.copy()
-            mixed[order[:count]] = found.exceeding[order[:count]]
-            yield mixed
-    exists = np.isfinite(tables.seconds[:, :, 0])
-    for base in (found.fitting, found.exceeding):
-        for number, way in np.argwhere(exists):
-            if base[number] != way:
-                other = base.copy()
-                other[number] = way
-                yield other
+        for count in range(1, len(order)):
+            rows.append(found.fitting.copy())
+            rows[-1][order[:count]] = found.exceeding[order[:count]]
+    return np.array(rows)
+
+
+def _moves(chain: Chain, found: Bracket, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Up to `most` ways to place up to three layers otherwise: layers and ways int64 [moves, up to 3], a way of -1 being none.
+
+    Taken of those that lose least at the bracket's price: half of them single layers, then pairs, then threes.
+    """
+    tables = Tables.at(chain.layers, np.array([found.high]))
+    costs, every = (tables.seconds + found.high * tables.bytes)[:, :, 0], np.arange(len(chain.layers))
+    loss = costs - np.minimum(costs[every, found.fitting], costs[every, found.exceeding])[:, None]
+    order = np.argsort(loss, axis=None, kind="stable")[: np.isfinite(loss).sum()]
+    ranked = [(int(one) // loss.shape[1], int(one) % loss.shape[1]) for one in order]
+    width = min(MOST_MOVED, len(costs))
+    chosen: list[tuple[tuple[int, int], ...]] = [(), *((one,) for one in ranked[: most // 2])]
+    for size in range(2, width + 1):
+        for group in itertools.combinations(ranked[: WIDEST[size]], size):
+            if len(chosen) >= most:
+                break
+            if len(dict(group)) == size:
+                chosen.append(group)
+    layers, ways = np.zeros((len(chosen), width), dtype=np.int64), np.full((len(chosen), width), -1)
+    for number, group in enumerate(chosen):
+        unmoved = ((layer, -1) for layer in range(len(costs)) if layer not in dict(group))
+        pairs = [*group, *unmoved][:width]  # no layer twice
+        layers[number], ways[number] = zip(*pairs, strict=True)
+    return layers, ways
 
 
 def _choice(chain: Chain, ways: np.ndarray, counts: np.ndarray) -> Choice:
     seconds = sum(
-        float(chain.curve(number, int(way)).time(count)) for number, (way, count) in enumerate(zip(ways, counts, strict=True))
+        float(chain.curve(number, int(way)).time(count))
+        for number, (way, count) in enumerate(zip(ways, counts, strict=True))
     )
-    return Choice(ways, counts, seconds + float(chain.crossings_s(ways)))
+    return Choice(ways, counts, seconds + float(chain.crossings_s(ON_GPU[ways])))
 
 
 def _plan(problem: Problem, chain: Chain, best: Choice) -> Plan:
     layers = tuple(
         layer.plan(int(way), int(count)) for layer, way, count in zip(chain.layers, best.ways, best.counts, strict=True)
     )
-    head = "gpu" if ON_GPU[best.ways[-1]] else "cpu"
-    return Plan(layers[:-1], head, problem.context, problem.budget)
+    return Plan(layers[:-1], "gpu" if ON_GPU[best.ways[-1]] else "cpu", problem.context, problem.budget)
+
+
+def refusal(problem: Problem) -> str:
+    """Why the pinned layers do not fit, in numbers, and what would."""
+    n_layers, names = len(problem.shape.layers), f"{problem.pinned} layers"
+    if problem.pinned > n_layers:
+        names = f"all {n_layers} layers and the head"
+    needed = _pinned_bytes(problem)
+    message = (
+        f"{names} wholly on the GPU take {needed / 1e9:.3f} GB at a context of {problem.context}, "
+        f"{(needed - problem.budget) / 1e9:.3f} GB more than the budget of {problem.budget / 1e9:.3f} GB"
+    )
+    context = _largest(problem.context, lambda one: dataclasses.replace(problem, context=one, filled=0))
+    layers = _largest(problem.pinned, lambda one: dataclasses.replace(problem, gpu_layers=one))
+    fits = [f"--ctx-size {context}"] if context else []
+    fits.append(f"--gpu-layers {layers}")
+    return f"{message}; what fits: {' or '.join(fits)}"
+
+
+def _pinned_bytes(problem: Problem) -> int:
+    """What the smallest placement takes with its pinned layers."""
+    n_layers, pinned = len(problem.shape.layers), problem.pinned
+    layers = tuple(
+        LayerPlan("gpu" if here else "cpu", torch.full((layer.n_neurons,), here))
+        for number, layer in enumerate(problem.shape.layers)
+        for here in (number >= n_layers - pinned,)
+    )
+    return problem.memory(Plan(layers, "gpu" if pinned > n_layers else "cpu")).gpu_bytes
+
+
+def _largest(most: int, problem_of: Callable[[int], Problem]) -> int:
+    """The largest setting below `most` whose pinned layers fit; 0 where none does."""
+    low, high = 0, most - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        one = problem_of(middle)
+        low, high = (middle, high) if _pinned_bytes(one) <= one.budget else (low, middle - 1)
+    return low

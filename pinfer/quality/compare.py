@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from pinfer.models import KVCache, Transformer
+from pinfer.models import Transformer
 from pinfer.quality.distance import compare_logits
 from pinfer.quality.losses import Estimate, Perplexity, over_windows
 from pinfer.quality.neurons import NeuronCounts, NeuronObserver, total
@@ -53,7 +53,7 @@ def evaluate(
 
 def _states(model: Transformer, window: Window) -> torch.Tensor:
     """float32 [scored, D]: the states that predict the window's scored targets."""
-    return model.states(window.inputs, KVCache(model.config, len(window.inputs)))[-window.scored :]
+    return model.states(window.inputs, model.new_cache(len(window.inputs)))[-window.scored :]
 
 
 def _score(
@@ -64,7 +64,7 @@ def _score(
     step = max(1, LOGIT_BYTES // (4 * models[0].head.rows))
     pieces = []
     for at in range(0, window.scored, step):
-        logits = [model.logits(of_model[at : at + step]) for model, of_model in zip(models, states, strict=True)]
+        logits = [model.logits(of_model[at : at + step]).cpu() for model, of_model in zip(models, states, strict=True)]
         here = targets[at : at + step]
         if len(logits) == 1:
             pieces.append({"dense_nll": F.cross_entropy(logits[0], here, reduction="none")})

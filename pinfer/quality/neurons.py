@@ -165,7 +165,9 @@ def _collector(shard: SparseFFN, norms: torch.Tensor, parts: list[Part]) -> Call
         up = None if shard.weights.up is None else quant_matmul(x, shard.weights.up)
         weight = hidden_of(shard.activation, gate, up, prediction.shift).abs() * norms
         computed = computed_neurons(prediction, len(x))
-        parts.append((weight, computed, activate(shard.activation, gate) != 0, computed.sum(1, keepdim=True)))
+        fired, count = activate(shard.activation, gate) != 0, computed.sum(1, keepdim=True)
+        # Hot neurons may be on a GPU, cold ones are not.
+        parts.append((weight.cpu(), computed.cpu(), fired.cpu(), count.cpu()))
 
     return collect
 
