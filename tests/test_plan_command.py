@@ -17,6 +17,7 @@ from pinfer.engine import SHIPPED_MODEL
 from pinfer.engine.hardware import Machine
 from pinfer.engine.rates import Rates, keep_rates
 from pinfer.placement.statistics import QUANTILES, LayerStatistics, to_tensors
+from tests.gguf_files import write_tiny_gemma3
 from tests.test_hardware import MEASURED, PLAIN, WITH_GPU
 
 HEADLINE = [
@@ -199,6 +200,25 @@ def test_a_file_without_statistics_wants_them(capsys: pytest.CaptureFixture[str]
     assert "name --predictor-path (of pinfer solve or profile), --from-run or --skew" in capsys.readouterr().err
 
 
+def test_a_model_without_relu_is_placed_at_a_density(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    gemma, machine = str(write_tiny_gemma3(tmp_path / "m.gguf")), ["--gpu", "rtx4090", "--ram-bandwidth", "20"]
+    assert run(["plan", "-m", gemma, "--skew", "uniform", *machine]) == BAD_INPUT
+    assert "method dense names no neurons to place: give --density" in capsys.readouterr().err
+    found = planned(capsys, "plan", "-m", gemma, "--skew", "uniform", "--density", "0.4", "--no-compare", *machine)
+    assert found["density"] == pytest.approx(0.4)
+    assert sum(found["memory"][place]["compensation"] for place in ("gpu", "cpu")) > 0
+
+
+def test_a_directory_of_a_profile_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    solved = str(tmp_path / "profiled")
+    assert run(["profile", "-o", solved, "--tokens", "64"]) == OK
+    capsys.readouterr()
+    arguments = ["--gpu", "rtx4090", "--ram-bandwidth", "20", "--no-compare", "--predictor-path", solved]
+    found = planned(capsys, "plan", "-m", str(SHIPPED_MODEL), *arguments)
+    assert 0 < found["density"] < 0.2
+    assert solved in found["rates"]
+
+
 def gathered(path: Path, layers: int, neurons: int) -> Path:
     """Statistics of a run in which the first neurons fired on every token and the others on none."""
     fired = torch.where(torch.arange(neurons) < neurons // 10, 50, 0)
@@ -213,7 +233,7 @@ def gathered(path: Path, layers: int, neurons: int) -> Path:
 
 def test_statistics_gathered_while_serving(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = gathered(tmp_path / "run.safetensors", 80, 28672)
-    found = planned(capsys, *QUICK, "--from-run", str(path), "--over-prediction", "1")
+    found = planned(capsys, *QUICK, "--from-run", str(path))
     assert found["density"] == pytest.approx(2867 / 28672)
     assert str(path) in found["rates"]
     assert all(layer["hot"] > 0.9 * 2867 for layer in found["layers"])
