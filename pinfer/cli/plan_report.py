@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -155,7 +156,8 @@ def _speed(report: Report) -> Iterator[str]:
         f"copies and hand-overs take {100 * simulation.busy('link'):.0f} %; "
         f"that tokens name more and fewer neurons than the mean adds {1e6 * simulation.spread_s:.1f} µs"
     )
-    yield f"no placement is more than {100 * solution.gap:.2g} % faster; solved in {solution.solve_seconds:.2f} s"
+    gap = math.ceil(1e5 * solution.gap) / 1e3
+    yield f"no placement is more than {gap:.3f} % faster; solved in {solution.solve_seconds:.2f} s"
 
 
 def _memory(report: Report) -> Table:
