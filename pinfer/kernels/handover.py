@@ -19,6 +19,7 @@ from pinfer.kernels.aot import FLOATS, INTS, Build
 from pinfer.kernels.select_active.reference import Active
 
 BLOCK, NUM_WARPS = 1024, 8
+POLLS = 10_000_000  # of about a microsecond each
 
 
 @triton.jit
@@ -77,18 +78,14 @@ def publish(
     )  # fmt: skip
 
 
-def collect(
-    y: torch.Tensor, flag: torch.Tensor, epoch: torch.Tensor, failed: torch.Tensor, polls: int, device: torch.device
-) -> torch.Tensor:
-    """What host memory y float32 [T, D] holds once the flag is at the epoch, on the device.
+def collect(y: torch.Tensor, flag: torch.Tensor, epoch: torch.Tensor, failed: torch.Tensor, out: torch.Tensor) -> None:
+    """Copy host memory y float32 [T, D] to `out` on the device once the flag is at the epoch.
 
-    Where that takes more polls, `failed` int32 [1] becomes the epoch, and y is whatever is there.
+    Where that takes more than POLLS, `failed` int32 [1] becomes the epoch, and `out` is whatever is there.
     """
-    out = torch.empty(y.shape, dtype=torch.float32, device=device)
     _collect_kernel[(triton.cdiv(y.numel(), BLOCK),)](
-        y, y.numel(), flag, epoch, failed, polls, out, BLOCK=BLOCK, num_warps=NUM_WARPS, num_stages=1
+        y, y.numel(), flag, epoch, failed, POLLS, out, BLOCK=BLOCK, num_warps=NUM_WARPS, num_stages=1
     )
-    return out
 
 
 def builds() -> list[Build]:

@@ -96,7 +96,7 @@ class Emulated(Lane):
     def on_cpu(self, part: Cold) -> torch.Tensor:
         """A cold part alone, with its delays, on the threads that compute here."""
         _pause(self.delays.to_cpu_s)
-        y = _paced(lambda: part.work(*part.given), 0.0, part.traffic, self.delays.cpu_bandwidth)
+        y = _paced(part.compute, 0.0, part.traffic, self.delays.cpu_bandwidth)
         _pause(self.delays.to_gpu_s)
         return y
 
