@@ -24,7 +24,7 @@ POLLS = 10_000_000  # of about a microsecond each
 
 @triton.jit
 def _publish_kernel(
-    x_ptr, size, indices_ptr, count_ptr, epoch_ptr, to_x_ptr, to_indices_ptr, to_count_ptr, flag_ptr,
+    x_ptr, size, indices_ptr, count_ptr, neurons, epoch_ptr, to_x_ptr, to_indices_ptr, to_count_ptr, flag_ptr,
     HAS_LIST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.arange(0, BLOCK)
@@ -33,9 +33,10 @@ def _publish_kernel(
         tl.store(to_x_ptr + first + at, x, mask=first + at < size)
     if HAS_LIST:
         count = tl.load(count_ptr)
-        for first in range(0, count, BLOCK):
-            n = tl.load(indices_ptr + first + at, mask=first + at < count, other=0)
-            tl.store(to_indices_ptr + first + at, n, mask=first + at < count)
+        listed = tl.minimum(count, neurons)  # a count that is wrong is for the worker to see
+        for first in range(0, listed, BLOCK):
+            n = tl.load(indices_ptr + first + at, mask=first + at < listed, other=0)
+            tl.store(to_indices_ptr + first + at, n, mask=first + at < listed)
         tl.store(to_count_ptr, count)
     tl.debug_barrier()  # every thread's stores come before the one that raises the flag
     tl.atomic_xchg(flag_ptr, tl.load(epoch_ptr, volatile=True), sem="release", scope="sys")
@@ -73,7 +74,7 @@ def publish(
         raise ValueError(f"a mailbox for {list(to_x.shape)} where {list(x.shape)} is published")
     listed, mailbox = active or Active(flag, flag), to_active or Active(flag, flag)
     _publish_kernel[(1,)](
-        x.contiguous(), x.numel(), listed.indices, listed.count, epoch, to_x, mailbox.indices, mailbox.count, flag,
+        x.contiguous(), x.numel(), listed.indices, listed.count, listed.indices.numel(), epoch, to_x, mailbox.indices, mailbox.count, flag,
         HAS_LIST=active is not None, BLOCK=BLOCK, num_warps=NUM_WARPS, num_stages=1,
     )  # fmt: skip
 
@@ -90,7 +91,7 @@ def collect(y: torch.Tensor, flag: torch.Tensor, epoch: torch.Tensor, failed: to
 
 def builds() -> list[Build]:
     to_cpu = {
-        **dict.fromkeys(("x_ptr", "to_x_ptr"), FLOATS), "size": "i32",
+        **dict.fromkeys(("x_ptr", "to_x_ptr"), FLOATS), "size": "i32", "neurons": "i32",
         **dict.fromkeys(
             ("indices_ptr", "count_ptr", "epoch_ptr", "to_indices_ptr", "to_count_ptr", "flag_ptr"), INTS
         ),

@@ -181,13 +181,18 @@ def _computed(worker: Worker, part: Cold) -> torch.Tensor:
 
 
 def _note(program: Program, part: Cold, y: torch.Tensor) -> None:
-    """Note a part's steps, none of which runs: what it is given is not there yet. Its result goes to y."""
-    with noting(program), binding.running_on(lambda *_: None):
+    """Note a part's steps for a worker, the last of which brings the result to y.
+
+    They run meanwhile, for nothing, as what the part is given is not there yet but zeros: that counts no neurons.
+    """
+    before = part.traffic.totals.clone()
+    with noting(program):
         if part.active is not None:
             listed = part.active.indices, part.active.count
             binding.run(binding.CheckList(*map(binding.pointer, listed), listed[0].numel()), 1, listed)
         result = part.compute()
         binding.run(binding.Copy(result.data_ptr(), result.nbytes, y.data_ptr()), 1, result, y, part)
+    part.traffic.totals.copy_(before)
 
 
 def cuda(
