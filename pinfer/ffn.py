@@ -19,7 +19,7 @@ from torch import nn
 from pinfer.kernels.ops import add, glu, input_sparse_matmul, quant_matmul, sparse_ffn, tally, tally_kept
 from pinfer.kernels.select_active import Active
 from pinfer.kernels.tuning import expect_density
-from pinfer.overlap import Cold, Given, Lane, Traffic
+from pinfer.overlap import Cold, Lane, Traffic
 from pinfer.predictors import InputThreshold, Prediction, Predictor, split_prediction
 from pinfer.predictors.input_threshold import KEEP_ALL
 from pinfer.quant import QuantTensor
@@ -208,7 +208,10 @@ class HybridFFN(nn.Module):
         if self.predictor is None:
             return self._together(
                 partial(self.hot, x, residual, opens),
-                [Cold(partial(shard, opens=opens), (x, residual), shard.traffic) for shard in self._cold],
+                [
+                    Cold(partial(_predict_alone, shard, opens), x, None, (residual,), shard.traffic)
+                    for shard in self._cold
+                ],
             )
         if not (opens and self.predictor.opens_dense):
             return self._predicted(x, residual)
@@ -227,14 +230,14 @@ class HybridFFN(nn.Module):
         return self._together(
             lambda: self.hot.compute(x, hot),
             [
-                Cold(partial(_compute_given, shard), (x, *_given(one)), shard.traffic)
-                for shard, one in zip(self._cold, rest, strict=True)
+                Cold(partial(_compute_named, shard), x, active, tuple(others), shard.traffic)
+                for shard, (active, *others) in zip(self._cold, rest, strict=True)
             ],
         )
 
     def _together(self, hot: Callable[[], torch.Tensor], cold: Sequence[Cold]) -> torch.Tensor:
         if self.lane is None:
-            results = [hot(), *(part.work(*part.given) for part in cold)]
+            results = [hot(), *(part.compute() for part in cold)]
         else:
             results = self.lane.run(hot, cold, self.hot.traffic)
         return reduce(add, results)
@@ -244,21 +247,14 @@ class HybridFFN(nn.Module):
         return cast(list[SparseFFN], list(self.cold))
 
 
-def _given(named: Prediction) -> Given:
-    """A prediction as tensors, which a lane can copy."""
-    return named.active.indices, named.active.count, named.mask, named.gate_values, named.shift
-
-
-def _compute_given(
-    shard: SparseFFN,
-    x: torch.Tensor,
-    indices: torch.Tensor,
-    count: torch.Tensor,
-    mask: torch.Tensor | None,
-    gate_values: torch.Tensor | None,
-    shift: torch.Tensor | None,
+def _predict_alone(
+    shard: SparseFFN, opens: bool, x: torch.Tensor, _: Active | None, residual: torch.Tensor
 ) -> torch.Tensor:
-    return shard.compute(x, Prediction(Active(indices, count), mask, gate_values, shift))
+    return shard(x, residual, opens)
+
+
+def _compute_named(shard: SparseFFN, x: torch.Tensor, active: Active, *others: torch.Tensor | None) -> torch.Tensor:
+    return shard.compute(x, Prediction(active, *others))
 
 
 Kept = TypeVar("Kept", float, torch.Tensor)

@@ -147,8 +147,7 @@ class Copying(Lane):
 
     def run(self, hot: Callable[[], torch.Tensor], cold: Sequence[Cold], traffic: Traffic) -> list[torch.Tensor]:
         y = hot()
-        given = [[None if one is None else one.to(CPU) for one in part.given] for part in cold]
-        return [y, *(part.work(*one).to(y.device) for part, one in zip(cold, given, strict=True))]
+        return [y, *(part.copied(lambda one: one.to(CPU)).compute().to(y.device) for part in cold)]
 
     def close(self) -> None:
         pass

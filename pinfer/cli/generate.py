@@ -9,8 +9,10 @@ import typer
 
 from pinfer.cli import options
 from pinfer.cli.console import emit_json, note, read_prompt, size
+from pinfer.cli.run_report import layer_figures, report_run
 from pinfer.config import Activation, Backend, DeviceName, Method, Numa, Precision, RunConfig, SamplingConfig
 from pinfer.engine import Engine, Generation, GenerationStats, load_engine
+from pinfer.engine.run_stats import RunStatistics
 
 YELLOW, RESET = "\x1b[33m", "\x1b[0m"
 
@@ -70,6 +72,10 @@ ActivationOption = Annotated[
     typer.Option("--activation", help="Override the file's activation; drelu is ReLU on both gate and up."),
 ]
 PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Activations in quantised products.")]
+Stats = Annotated[bool, typer.Option("--stats", help="Say, layer by layer, what the placement came to in this run.")]
+SaveStats = Annotated[
+    str | None, typer.Option("--save-stats", help="Write what was gathered there, for pinfer plan --from-run.")
+]
 BackendOption = Annotated[Backend, typer.Option("--backend", help="Where kernels run.")]
 
 
@@ -108,6 +114,8 @@ def generate(
     activation: ActivationOption = None,
     backend: BackendOption = "auto",
     precision: PrecisionOption = "auto",
+    stats: Stats = False,
+    save_stats: SaveStats = None,
     json: options.Json = False,
 ) -> None:
     """Continue a prompt."""
@@ -153,27 +161,37 @@ def generate(
     engine = load_engine(run, note)
     for remark in engine.notes:
         note(remark)
-    task = _Task(engine, None if n_predict == -1 else n_predict, stop or [], ignore_eos, special)
+    statistics = RunStatistics(engine, masses=save_stats is not None) if stats or save_stats is not None else None
+    task = _Task(engine, None if n_predict == -1 else n_predict, stop or [], ignore_eos, special, statistics)
     if interactive:
         _converse(task, text, color)
+        _report_statistics(statistics, save_stats, not stats)
         return
     generation = task.continue_from(task.encode(text or ""))
     if json:
         for _ in generation:
             pass
-        emit_json(_figures(engine, generation))
+        _report_statistics(statistics, save_stats, quiet=True)
+        emit_json(_figures(engine, generation) | ({"layers": layer_figures(statistics.layers())} if statistics else {}))
         return
     _stream(generation, text if display_prompt else None, color)
     _report(generation)
+    _report_statistics(statistics, save_stats, not stats)
 
 
 class _Task:
     """What stays the same from one prompt to the next."""
 
     def __init__(
-        self, engine: Engine, max_tokens: int | None, stop: list[str], ignore_eos: bool, special: bool
+        self,
+        engine: Engine,
+        max_tokens: int | None,
+        stop: list[str],
+        ignore_eos: bool,
+        special: bool,
+        statistics: RunStatistics | None,
     ) -> None:
-        self.engine = engine
+        self.engine, self._statistics = engine, statistics
         self._max_tokens, self._stop, self._ignore_eos, self._special = max_tokens, stop, ignore_eos, special
 
     def encode(self, text: str, *, opening: bool = True) -> list[int]:
@@ -199,7 +217,13 @@ class _Task:
             sampling=self.engine.run.sampling,
             stop=self._stop,
             ignore_eos=self._ignore_eos,
+            statistics=self._statistics,
         )
+
+
+def _report_statistics(statistics: RunStatistics | None, save: str | None, quiet: bool) -> None:
+    if statistics is not None:
+        report_run(statistics, save, quiet)
 
 
 def _stream(generation: Generation, echo: str | None, color: bool) -> None:

@@ -13,7 +13,7 @@ import torch
 from pinfer.config import DeviceName
 from pinfer.kernels.planes import repack
 from pinfer.models import Transformer
-from pinfer.overlap import Lane, emulated
+from pinfer.overlap import Lane, cuda, emulated
 from pinfer.placement.memory import Reserves
 from pinfer.quant import QuantTensor, planes_row_bytes
 
@@ -127,7 +127,7 @@ class Cuda(Device):
         return QuantTensor(blocks, weight.type, weight.columns, "planes")
 
     def lane(self, threads: int) -> Lane | None:
-        raise NotImplementedError("no lane for CUDA yet")
+        return cuda(threads)
 
 
 def device_for(name: DeviceName, limit: int | None) -> Device | None:

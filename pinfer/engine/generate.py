@@ -15,6 +15,7 @@ from pinfer import sparsify
 from pinfer.config import SamplingConfig
 from pinfer.engine.devices import PREFILL_CHUNK
 from pinfer.engine.load import Engine
+from pinfer.engine.run_stats import RunStatistics
 from pinfer.engine.sampling import Sampler
 from pinfer.engine.step import DecodeStep
 from pinfer.engine.stop import StopStrings
@@ -53,6 +54,7 @@ class Generation:
     prompt:     token ids, at least one, fewer than the context holds.
     max_tokens: most tokens to draw; None goes on to the end of text or of the context.
     before:     a finished generation that the prompt repeats and goes on from: its cache is taken over.
+    statistics: gathers what the run tells of its placement.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Generation:
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
         before: Generation | None = None,
+        statistics: RunStatistics | None = None,
     ) -> None:
         context = engine.model.context
         if not prompt:
@@ -76,7 +79,7 @@ class Generation:
             )
         if max_tokens is not None and max_tokens < 0:
             raise ValueError(f"the number of tokens to generate must be at least 0, not {max_tokens}")
-        self._engine = engine
+        self._engine, self._statistics = engine, statistics
         self._banned = sorted(engine.tokenizer.eog_ids) if ignore_eos else []
         room = context - len(prompt)
         self._limit = room if max_tokens is None else min(room, max_tokens)
@@ -175,8 +178,12 @@ class Generation:
         if self._steps == 0:  # from here on density is that of decode
             sparsify.reset_activity(self._engine.model)
         self._steps += 1
+        statistics = self._statistics
         with self._engine.computing():
-            return self._trim(self._decode_step(token))
+            if statistics is None or not statistics.wanted(self._steps - 1):
+                return self._trim(self._decode_step(token))
+            with statistics.sampling():
+                return self._trim(self._engine.model(torch.tensor([token]), self._cache))
 
     def _trim(self, logits: torch.Tensor) -> torch.Tensor:
         """The last row, without the padding that some embeddings have behind the vocabulary."""

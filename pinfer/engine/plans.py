@@ -31,6 +31,7 @@ from pinfer.placement.statistics import from_tensors
 
 GB = 1e9
 ASSUMED_CARD, ASSUMED_CPU_BANDWIDTH = "RTX 4090", 80e9  # two channels of DDR5
+PLACED = ("attention", "kv", "predictor", "neurons", "compensation", "head")  # items of `memory`
 STEP_DOWN = 0.85  # of what was reached when the memory ran out
 
 
@@ -52,6 +53,11 @@ class Placement:
     def hot_share(self) -> float:
         """Share of all neurons that are on the GPU."""
         return sum(layer.n_hot for layer in self.plan.layers) / sum(layer.hot.numel() for layer in self.plan.layers)
+
+    @property
+    def placed_bytes(self) -> int:
+        """Of the estimate, what is placed: weights, predictors, keys and values."""
+        return sum(count for name, count in self.estimate.gpu.items() if name in PLACED)
 
     def __str__(self) -> str:
         where = "the emulated GPU" if self.device.name == "emulated" else "the GPU"
@@ -91,12 +97,11 @@ class Placer:
         return self.checked(plan, source)
 
     def smaller(self, found: Placement, reached_bytes: int) -> Placement | None:
-        """A placement for less than `reached_bytes`, where memory ran out; None if nothing smaller is left."""
-        budget = int(STEP_DOWN * min(reached_bytes, found.estimate.gpu_bytes))
-        for first in range(len(found.plan.layers) + 1):
-            plan = _without(found.plan, first)
-            if first and self.memory(plan).gpu_bytes <= budget:
-                return self._placement(plan, f"{found.source}, less its first {first} layers")
+        """One that places clearly less than the `reached_bytes` at which memory ran out; None if nothing is left."""
+        for first in range(1, len(found.plan.layers) + 1):
+            smaller = self._placement(_without(found.plan, first), f"{found.source}, less its first {first} layers")
+            if smaller.placed_bytes < found.placed_bytes and smaller.placed_bytes <= STEP_DOWN * reached_bytes:
+                return smaller
         return None
 
     def checked(self, plan: Plan, source: str) -> Placement:

@@ -1,4 +1,7 @@
-"""The decode step: one token in, logits out, without Python or torch between the kernels where that can be."""
+"""The decode step: one token in, logits out, without Python or torch between the kernels where that can be.
+
+On the CPU that is a program of the core, on a GPU a CUDA graph (see pinfer.overlap.capture; it awaits its first run).
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import torch
 
 from pinfer.kernels.cpp import core_available
 from pinfer.kernels.cpp import program as programs
+from pinfer.kernels.cpp.binding import StepFailed
 from pinfer.kernels.cpp.program import NotRecordable, Program
 from pinfer.kernels.registry import settings
 from pinfer.models import KVCache, Transformer
+from pinfer.overlap import Capture, Lane, captured
 from pinfer.sparsify import activities
 
 
@@ -16,7 +21,8 @@ class DecodeStep:
     """Runs a model on single tokens after a cache's. The first call records a program, later ones repeat it.
 
     The second call does both, the program and the plain model, and keeps the program only if they agree
-    bit for bit. A model that computes outside of the registry's ops, or has forward hooks, is run as
+    bit for bit. Lanes that can step down are asked to where it does not, or where it fails, before that; `remarks`
+    tells of it. A model that computes outside of the registry's ops, or has forward hooks, is run as
     usual each time; `reason` then says why. Another backend, precision or number of threads records anew.
     What a recorded model reads must be changed in place: tensors and modules that are replaced later are
     not seen by this step, but by the next. Python between its ops is not run again: branches, counters
@@ -25,12 +31,14 @@ class DecodeStep:
 
     def __init__(self, model: Transformer, cache: KVCache, *, record: bool = True) -> None:
         self._model, self._cache = model, cache
-        self._token = torch.zeros(1, dtype=torch.int64)
-        self._program: Program | None = None
+        self._device = model.embedding.device
+        self._token = torch.zeros(1, dtype=torch.int64, device=self._device)
+        self._program: Program | Capture | None = None
         self._recorded_under: object = None
         self._proven = False
         self._logits = torch.empty(0)
         self._opens_dense = any(getattr(module, "opens_dense", False) for module in model.modules())
+        self.remarks: list[str] = []
         self.reason = None if core_available() else "there is no C++ core"
         if not record:
             self.reason = "recording is switched off"
@@ -71,6 +79,10 @@ class DecodeStep:
         try:
             if any(module._forward_hooks or module._forward_pre_hooks for module in self._model.modules()):
                 raise NotRecordable("the model has forward hooks, which a program would not call")
+            if not all(lane.recordable for lane in self._lanes()):
+                raise NotRecordable("cold neurons are computed by a lane that is not repeated as a whole")
+            if self._device.type == "cuda":
+                return self._capture()
             with programs.record(torch.get_num_threads()) as program:
                 self._logits = self._plain()
         except NotRecordable as problem:
@@ -80,17 +92,45 @@ class DecodeStep:
         self._program, self._recorded_under = program, _conditions()
         return self._logits
 
-    def _prove(self, program: Program) -> torch.Tensor:
+    def _capture(self) -> torch.Tensor:
+        """Run as usual, for Triton to compile what it has not, and capture the same without running it."""
+        logits = self._plain()
+        with captured(self._device) as capture:
+            self._logits = self._plain()
+        self._program, self._recorded_under = capture, _conditions()
+        return logits
+
+    def _prove(self, program: Program | Capture) -> torch.Tensor:
         """Both ways, on a token other than the recorded one's place: what was missed in recording shows here."""
         counted = _counts(self._model)
-        program.run()
+        problem = "the recorded step does not repeat what the model computes"
+        try:
+            program.run()
+        except StepFailed as failure:
+            if not self._step_down(str(failure)):
+                raise
+            _restore(counted)
+            return self._plain()
         _restore(counted)
         logits = self._plain()
         if torch.equal(logits, self._logits):
             self._proven = True
-        else:
-            self._program, self.reason = None, "the recorded step does not repeat what the model computes"
+        elif not self._step_down(problem):
+            self._program, self.reason = None, problem
         return logits
+
+    def _step_down(self, problem: str) -> bool:
+        """Whether a lane can go on in another way, for which the step is recorded anew."""
+        weaker = [remark for lane in self._lanes() if (remark := lane.step_down())]
+        if weaker:
+            self._program = None
+            self.remarks += [f"{problem}: {remark}" for remark in weaker]
+        return bool(weaker)
+
+    def _lanes(self) -> list[Lane]:
+        """Those of the model, each once."""
+        lanes = (getattr(module, "lane", None) for module in self._model.modules())
+        return list({id(lane): lane for lane in lanes if isinstance(lane, Lane)}.values())
 
 
 def _conditions() -> tuple[object, ...]:

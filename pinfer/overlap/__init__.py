@@ -1,7 +1,9 @@
 """Lanes: how the CPU computes a layer's cold part while the device computes the hot one."""
 
 from pinfer.kernels.cpp.worker import Place
+from pinfer.overlap.capture import Capture, captured
+from pinfer.overlap.cuda import Stage, cuda
 from pinfer.overlap.emulated import Delays, emulated
-from pinfer.overlap.lane import Cold, Given, Lane, Traffic
+from pinfer.overlap.lane import Cold, Lane, Traffic
 
-__all__ = ["Cold", "Delays", "Given", "Lane", "Place", "Traffic", "emulated"]
+__all__ = ["Capture", "Cold", "Delays", "Lane", "Place", "Stage", "Traffic", "captured", "cuda", "emulated"]

@@ -61,7 +61,7 @@ class Emulated(Lane):
             lambda part=part, worker=worker: self._computed(part, worker)
             for part, worker in zip(cold, self.workers, strict=False)
         ]
-        tasks = [lambda: self._on_device(hot, traffic), *works[1:]]
+        tasks = [lambda: self.on_device(hot, traffic), *works[1:]]
         with ExitStack() as running:
             started = [
                 running.enter_context(stream.running(task)) for stream, task in zip(self._streams, tasks, strict=False)
@@ -72,29 +72,31 @@ class Emulated(Lane):
 
     def _computed(self, part: Cold, worker: Worker) -> torch.Tensor:
         with worker.computing():
-            return self._on_cpu(part)
+            return self.on_cpu(part)
 
     def _recorded(self, hot: Callable[[], torch.Tensor], cold: Sequence[Cold], traffic: Traffic) -> list[torch.Tensor]:
         jobs, results = [], []
         for part, worker in zip(cold, self.workers, strict=False):
             with noting(Program(worker.place.threads)) as program, worker.computing():
-                results.append(self._on_cpu(part))
+                results.append(self.on_cpu(part))
             jobs.append(Job(worker, program))
         step = recording()
         assert step is not None
         for job in jobs:
             step.append(binding.Fork(job.address), (job,))
-        hot_y = self._on_device(hot, traffic)
+        hot_y = self.on_device(hot, traffic)
         for job in jobs:
             step.append(binding.Join(job.address), (job,))
         return [hot_y, *results]
 
-    def _on_device(self, hot: Callable[[], torch.Tensor], traffic: Traffic) -> torch.Tensor:
+    def on_device(self, hot: Callable[[], torch.Tensor], traffic: Traffic) -> torch.Tensor:
+        """The hot part alone, with its delays."""
         return _paced(hot, self.delays.kernel_s, traffic, self.delays.bandwidth)
 
-    def _on_cpu(self, part: Cold) -> torch.Tensor:
+    def on_cpu(self, part: Cold) -> torch.Tensor:
+        """A cold part alone, with its delays, on the threads that compute here."""
         _pause(self.delays.to_cpu_s)
-        y = _paced(lambda: part.work(*part.given), 0.0, part.traffic, self.delays.cpu_bandwidth)
+        y = _paced(part.compute, 0.0, part.traffic, self.delays.cpu_bandwidth)
         _pause(self.delays.to_gpu_s)
         return y
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from pinfer.kernels.select_active import Active
 
 Given = tuple[torch.Tensor | None, ...]
 
@@ -23,11 +25,27 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Cold:
-    """A cold part: `work(*given)` with `given` copied to the CPU. Its result, float32 [T, D], goes back to the device."""
+    """A cold part, float32 [T, D]: `work(x, active, *others)` with copies on the CPU of what is given here.
+
+    x:      float32 [T, D].
+    active: the neurons that the device names for this part, or None where it predicts for itself.
+    """
 
     work: Callable[..., torch.Tensor]
-    given: Given
+    x: torch.Tensor
+    active: Active | None
+    others: Given
     traffic: Traffic
+
+    def compute(self) -> torch.Tensor:
+        """The part where what is given is on the CPU already."""
+        return self.work(self.x, self.active, *self.others)
+
+    def copied(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> Cold:
+        """The same with copies of what is given."""
+        active = self.active and Active(copy(self.active.indices), copy(self.active.count))
+        others = tuple(None if one is None else copy(one) for one in self.others)
+        return replace(self, x=copy(self.x), active=active, others=others)
 
 
 class Lane(ABC):
@@ -43,6 +61,15 @@ class Lane(ABC):
         An exception of a part is raised when none of them runs any more. RuntimeError where a part fails or does
         not end within the lane's time; ValueError for more cold parts than the lane serves.
         """
+
+    @property
+    def recordable(self) -> bool:
+        """Whether a decode step over it can be repeated as a whole."""
+        return True
+
+    def step_down(self) -> str | None:
+        """Go on in a way that asks less of the system, after a failure; what is done instead, or None if nothing can be."""
+        return None
 
     @abstractmethod
     def close(self) -> None:

@@ -5,8 +5,8 @@
 // With FUZZ_GUARD_PAGES each buffer ends where a page that may not be touched begins, which catches what
 // sanitizers do not see: masked and compressing loads and stores, and what -O3 makes of the code.
 //
-// Every instruction set runs the same programs on 1, 2 and 3 threads: the results must be the same bit
-// for bit (any NaN equals any other) and hold nothing of what the output held before. Compiled with
+// Every instruction set runs the same programs on 1, 2 and 3 threads, and half of each on a worker beside
+// the other half: the results must be the same bit for bit (any NaN equals any other) and hold nothing of what the output held before. Compiled with
 // FUZZ_OWN_THREADS it starts std::threads, which ThreadSanitizer understands, and not OpenMP's, which it does not.
 #include <algorithm>
 #include <csignal>
@@ -29,7 +29,9 @@ extern "C" {
 int32_t pinfer_use(const char* name);
 int32_t pinfer_knows_type(int32_t type);
 uint64_t pinfer_read(const uint8_t* p, int64_t count, int32_t threads);
-void pinfer_run(const pinfer_step* steps, int64_t count, int32_t threads);
+int32_t pinfer_run(const pinfer_step* steps, int64_t count, int32_t threads);
+pinfer_worker* pinfer_worker_new(int32_t, const int32_t*, int32_t, int32_t, int64_t, double);
+void pinfer_worker_free(pinfer_worker* worker);
 }
 
 namespace {
@@ -173,10 +175,29 @@ void add_top_k(Memory& m) {
     m.step(PINFER_TOP_K, pinfer_top_k_arguments{m.floats(count), count, k, m.output(k), indices});
 }
 
+void add_split_active(Memory& m) {
+    std::vector<int64_t> bounds{0};
+    for (int64_t parts = from_to(1, 4); parts > 0; --parts) bounds.push_back(bounds.back() + below(40));
+    const int64_t parts = int64_t(bounds.size()) - 1, neurons = bounds.back();
+    std::vector<int32_t> listed;
+    for (int64_t n = 0; n < neurons; ++n)
+        if (below(2)) listed.push_back(int32_t(n));
+    auto* counts = reinterpret_cast<int32_t*>(m.output(parts));
+    auto* out = reinterpret_cast<int32_t*>(m.output(neurons, false));
+    m.step(PINFER_SPLIT_ACTIVE, pinfer_split_active_arguments{m.of(listed), m.of<int32_t>({int32_t(listed.size())}),
+                                                              parts, m.of(bounds), out, counts});
+}
+
+void add_copy(Memory& m) {
+    const int64_t count = one_in(5) ? from_to(262000, 263000) : from_to(0, 90);
+    m.step(PINFER_COPY, pinfer_copy_arguments{reinterpret_cast<const uint8_t*>(m.floats(count)), 4 * count,
+                                              reinterpret_cast<uint8_t*>(m.output(count))});
+}
+
 void (*const ADD[])(Memory&) = {
     add_dequantize,   add_embed, add_matmul, add_matmul,    add_select,      add_sparse_ffn, add_sparse_ffn,
     add_input_sparse, add_sign_scores, add_norm,  add_rope,   add_attention, add_elementwise, add_tally,
-    add_tally_kept,   add_top_k,
+    add_tally_kept,   add_top_k, add_split_active, add_copy,
 };
 
 #if defined(FUZZ_OWN_THREADS)
@@ -188,7 +209,7 @@ bool use(const std::string& name) {
     if (name == "avx2" && __builtin_cpu_supports("avx2")) table = &avx2::TABLE;
     if (name == "avx512" && __builtin_cpu_supports("avx512vnni")) table = &avx512::TABLE;
 #endif
-    return table;
+    return table && pinfer_use(name.c_str());
 }
 
 void run(const Memory& m, int threads) {
@@ -221,9 +242,21 @@ void check_reads() {
     std::abort();
 }
 
-std::vector<uint32_t> results(const Memory& m, int threads) {
+// The later half of the steps is a worker's job, beside the earlier half.
+void run_forked(const Memory& m, pinfer_worker* worker) {
+    const size_t half = m.steps.size() / 2;
+    pinfer_job job{worker, m.steps.data() + half, int64_t(m.steps.size() - half), nullptr, 0, 0, 0};
+    const pinfer_job_arguments arguments{&job};
+    std::vector<pinfer_step> program(m.steps.begin(), m.steps.begin() + long(half));
+    program.insert(program.begin(), {PINFER_FORK, &arguments});
+    program.push_back({PINFER_JOIN, &arguments});
+    if (pinfer_run(program.data(), int64_t(program.size()), 1)) die("a forked job failed");
+}
+
+template <class Run>
+std::vector<uint32_t> results(const Memory& m, Run run) {
     for (const auto& output : m.outputs) std::fill_n(output.words, output.count, UNWRITTEN);
-    run(m, threads);
+    run();
     std::vector<uint32_t> all;
     for (const auto& output : m.outputs)
         for (int64_t i = 0; output.complete && i < output.count; ++i) {
@@ -252,6 +285,8 @@ int main(int argc, char** argv) {
     std::signal(SIGSEGV, tell);
 #endif
     std::signal(SIGABRT, tell);
+    std::vector<pinfer_worker*> workers;
+    for (int32_t threads : {1, 2, 3}) workers.push_back(pinfer_worker_new(threads, nullptr, 0, -1, 2000, 300.0));
     for (const std::string set : {"portable", "avx2", "avx512"}) {
         if (!use(set)) {
             std::printf("%s: this processor or build lacks it\n", set.c_str());
@@ -264,14 +299,18 @@ int main(int argc, char** argv) {
                           (unsigned long long)seed);
             Memory memory;
             for (int64_t i = from_to(1, 4); i > 0; --i) ADD[below(std::size(ADD))](memory);
-            const auto alone = results(memory, 1);
+            const auto alone = results(memory, [&] { run(memory, 1); });
             for (int threads : {2, 3})
-                if (results(memory, threads) != alone) die("the number of threads changes the result");
+                if (results(memory, [&] { run(memory, threads); }) != alone)
+                    die("the number of threads changes the result");
+            for (auto* worker : workers)
+                if (results(memory, [&] { run_forked(memory, worker); }) != alone) die("a worker changes the result");
             steps += int64_t(memory.steps.size());
             check_reads();
         }
         std::printf("%s: %lld programs, %lld steps, nothing found\n", set.c_str(), (long long)programs,
                     (long long)steps);
     }
+    for (auto* worker : workers) pinfer_worker_free(worker);
     return 0;
 }

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <thread>
 
 #if defined(__linux__)
 #include <ctime>
@@ -11,8 +12,6 @@
 #include <linux/futex.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#else
-#include <thread>
 #endif
 
 namespace pinfer {
@@ -39,17 +38,22 @@ inline void sleep_on(const std::atomic<int32_t>&, int32_t) { std::this_thread::y
 inline void wake_all(const std::atomic<int32_t>&) {}
 #endif
 
-// Whether ready() came true within so many microseconds.
+// Threads that have cores of their own arrive within a piece of work of each other. One that waits
+// longer may be waiting for a thread without a core.
+constexpr int64_t SPIN_US = 60;
+
+// Whether ready() came true within so many microseconds. What spins for long lets other threads have its core.
 template <class Ready>
 bool spin_until(Ready ready, int64_t microseconds) {
     const auto begun = Clock::now();
-    do {
+    for (auto waited = begun - begun;; waited = Clock::now() - begun) {
         for (int i = 0; i < 16; ++i) {
             if (ready()) return true;
             relax();
         }
-    } while (Clock::now() - begun < std::chrono::microseconds(microseconds));
-    return false;
+        if (waited >= std::chrono::microseconds(microseconds)) return false;
+        if (waited >= std::chrono::microseconds(SPIN_US)) std::this_thread::yield();
+    }
 }
 
 // A number that threads wait for: they spin for a while and then sleep.
@@ -92,11 +96,7 @@ struct Team {
     Shared* shared;
     int32_t status = 0;  // not 0 where a step failed: the rest is not run
 
-    // Threads that have cores of their own arrive within a piece of work of each other. One that waits
-    // longer is waiting for a thread without a core, and had better give up its own: sleep.
-    static constexpr int SPIN_US = 60;
-
-    // Everything before is visible to every thread after; the counter starts again at 0.
+    // Everything before is visible to every thread after; the counter starts again at 0. Who waits long sleeps.
     void barrier() {
         if (size == 1) {
             shared->next.store(0, std::memory_order_relaxed);

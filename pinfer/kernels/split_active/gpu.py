@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pinfer.kernels import handover
 from pinfer.kernels.aot import INTS, Build
 from pinfer.kernels.select_active.reference import Active
 from pinfer.kernels.split_active.reference import check_inputs, parts_of
@@ -55,12 +56,6 @@ def split_active(indices: torch.Tensor, count: torch.Tensor, sizes: tuple[int, .
 
 def builds() -> list[Build]:
     pointers = dict.fromkeys(("indices_ptr", "count_ptr", "out_ptr", "out_count_ptr"), INTS)
-    return [
-        Build(
-            "split_active",
-            _split_active_kernel,
-            {**pointers, "first": "i32", "end": "i32"},
-            {"BLOCK": BLOCK},
-            NUM_WARPS,
-        )
-    ]
+    arguments = {**pointers, "first": "i32", "end": "i32"}
+    split = Build("split_active", _split_active_kernel, arguments, {"BLOCK": BLOCK}, NUM_WARPS)
+    return [split, *handover.builds()]

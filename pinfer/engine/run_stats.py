@@ -1,0 +1,233 @@
+"""What a run tells of its placement, layer by layer, and what another placement can be solved from.
+
+Counts of named neurons are kept by every sparse part anyway. Every SAMPLE_EVERY-th decode step is run unrecorded, with
+all gates computed: that gives recall, which neurons fired, and how long either part took. Nothing else is slowed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from pinfer.engine.load import Engine
+from pinfer.ffn import HybridFFN, SparseFFN
+from pinfer.kernels.activation import ZERO_BELOW_ZERO, activate, hidden_of
+from pinfer.kernels.norms import row_norms
+from pinfer.kernels.ops import quant_matmul
+from pinfer.overlap import Cold, Lane, Traffic
+from pinfer.placement.accumulate import FIRING_MASS, holding
+from pinfer.placement.statistics import QUANTILES, LayerStatistics, to_tensors
+from pinfer.predictors import Prediction
+
+SAMPLE_EVERY = 64  # decode steps; a sampled one reads every gate, and every up product where masses are gathered
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class LayerRun:
+    """One layer over a run.
+
+    hot: its share of neurons on the GPU. hot_hits: the share of named neurons that are hot, None where none was named.
+    recall: the share of firing neurons that were named, over `samples` tokens; None without any. gpu_busy, cpu_busy:
+    the share of the time of the layer's FFN that either part computes, None where that is not known. transfer_bytes:
+    what one token takes over to the other device and back for this FFN.
+    """
+
+    layer: int
+    attention: str
+    hot: float
+    hot_hits: float | None
+    density: float
+    recall: float | None
+    gpu_busy: float | None
+    cpu_busy: float | None
+    transfer_bytes: int
+    samples: int
+
+
+class _Timed(Lane):
+    """A lane, or one part after the other, with the seconds that its parts take."""
+
+    def __init__(self, inner: Lane | None) -> None:
+        self._inner, self.gpu_s, self.cpu_s, self.wall_s = inner, 0.0, 0.0, 0.0
+
+    def run(self, hot: Callable[[], torch.Tensor], cold: Sequence[Cold], traffic: Traffic) -> list[torch.Tensor]:
+        def on_gpu(seconds: float) -> None:
+            self.gpu_s += seconds
+
+        def on_cpu(seconds: float) -> None:
+            self.cpu_s += seconds
+
+        began, timed = time.perf_counter(), _timed(hot, on_gpu)
+        parts = [replace(part, work=_timed(part.work, on_cpu)) for part in cold]
+        if self._inner is None:
+            results = [timed(), *(part.compute() for part in parts)]
+        else:
+            results = self._inner.run(timed, parts, traffic)
+        self.wall_s += time.perf_counter() - began
+        return results
+
+    def close(self) -> None:
+        """The lane that is timed goes on."""
+
+
+def _timed(work: Callable[..., torch.Tensor], add: Callable[[float], None]) -> Callable[..., torch.Tensor]:
+    def run(*given: Any) -> torch.Tensor:
+        began = time.perf_counter()
+        try:
+            return work(*given)
+        finally:
+            add(time.perf_counter() - began)
+
+    return run
+
+
+class _Layer:
+    """One layer's shards, the numbers of their neurons, and what has been sampled."""
+
+    def __init__(self, ffn: torch.nn.Module, hot: torch.Tensor, masses: bool) -> None:
+        self.shards = [module for module in ffn.modules() if isinstance(module, SparseFFN)]
+        self.hybrid = next((module for module in ffn.modules() if isinstance(module, HybridFFN)), None)
+        self.is_hot, self.masses = hot, masses
+        ids = [hot.nonzero().flatten(), (~hot).nonzero().flatten()]
+        self.ids = [one for one in ids if len(one)]
+        self.timed = _Timed(None if self.hybrid is None else self.hybrid.lane)
+        n = hot.numel()
+        self.samples = self.n_fired = self.n_caught = 0
+        self.fired, self.named = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
+        self.mass = torch.zeros(2, n, dtype=torch.float64)  # of samples by turns
+        self._norms: dict[int, torch.Tensor] = {}
+        self._now: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        for number, shard in enumerate(self.shards):
+            shard.observe = lambda x, prediction, number=number: self._see(number, x, prediction)
+        if self.hybrid is not None:
+            lane, self.hybrid.lane = self.hybrid.lane, self.timed
+        try:
+            yield
+        finally:
+            for shard in self.shards:
+                shard.observe = None
+            if self.hybrid is not None:
+                self.hybrid.lane = lane
+
+    def _see(self, number: int, x: torch.Tensor, prediction: Prediction) -> None:
+        """One token's neurons in one shard."""
+        shard = self.shards[number]
+        gate = quant_matmul(x, shard.weights.gate) if prediction.gate_values is None else prediction.gate_values
+        fired = activate(shard.activation, gate) != 0
+        weight = torch.zeros_like(gate)
+        if self.masses or shard.activation not in ZERO_BELOW_ZERO:
+            if number not in self._norms:
+                self._norms[number] = row_norms(shard.weights.down)
+            up = None if shard.weights.up is None else quant_matmul(x, shard.weights.up)
+            weight = hidden_of(shard.activation, gate, up, prediction.shift).abs() * self._norms[number]
+        named = prediction.active.indices[: int(prediction.active.count)].long()
+        self._now.append((number, named.cpu(), fired[0].cpu(), weight[0].cpu()))
+
+    def fold(self) -> None:
+        """Add the token that the shards have seen."""
+        named, fired = torch.zeros_like(self.is_hot), torch.zeros_like(self.is_hot)
+        weight = torch.zeros(self.is_hot.numel())
+        for number, chosen, of_shard, weights in self._now:
+            named[self.ids[number][chosen]] = True
+            fired[self.ids[number]], weight[self.ids[number]] = of_shard, weights
+        self._now.clear()
+        if self.shards[0].activation not in ZERO_BELOW_ZERO:
+            fired = holding(weight[None], FIRING_MASS)[0]
+        self.n_fired += int(fired.sum())
+        self.n_caught += int((fired & named).sum())
+        self.fired += fired
+        self.named += named
+        self.mass[self.samples % 2] += weight
+        self.samples += 1
+
+    def run(self, number: int, attention: str, width: int) -> LayerRun:
+        actives = [shard.activity.active for shard in self.shards]
+        tokens, n = self.shards[0].activity.tokens, self.is_hot.numel()
+        hot = sum(a for a, ids in zip(actives, self.ids, strict=True) if self.is_hot[ids[0]])
+        wall = self.timed.wall_s
+        split = self.hybrid is not None
+        return LayerRun(
+            layer=number,
+            attention=attention,
+            hot=float(self.is_hot.float().mean()),
+            hot_hits=hot / sum(actives) if sum(actives) else None,
+            density=sum(actives) / (tokens * n) if tokens else 1.0,
+            recall=self.n_caught / self.n_fired if self.n_fired else None,
+            gpu_busy=self.timed.gpu_s / wall if wall else None,
+            cpu_busy=self.timed.cpu_s / wall if wall else None,
+            transfer_bytes=2 * FLOAT_BYTES * width if split else 0,
+            samples=self.samples,
+        )
+
+    def statistics(self) -> LayerStatistics:
+        """As far as placement reads them; other fields are 0, or 1 for `up_mean`."""
+        n, quantiles = self.is_hot.numel(), torch.zeros(QUANTILES)
+        return LayerStatistics(
+            tokens=torch.tensor([self.samples]),
+            fired=self.fired,
+            mass=self.mass.sum(0),
+            first_half_mass=self.mass[0].clone(),
+            up_mean=torch.ones(2, n),
+            center=torch.zeros(n),
+            input_quantiles=quantiles,
+            hidden_quantiles=quantiles.clone(),
+        )
+
+
+class RunStatistics:
+    """Gathers over one or more generations of an engine. masses: whether contributions are wanted, for `tensors`."""
+
+    def __init__(self, engine: Engine, *, masses: bool = False) -> None:
+        """ValueError for a model that is dense, or skips inputs instead of neurons."""
+        plan = None if engine.placement is None else engine.placement.plan
+        self._width, n = engine.config.d_model, engine.config.d_ffn
+        self._attention = ["cpu"] * engine.config.n_layers if plan is None else [one.attention for one in plan.layers]
+        self._layers = []
+        for number, ffn in enumerate(engine.model.ffns()):
+            shards = [module for module in ffn.modules() if isinstance(module, SparseFFN)]
+            if not shards:
+                raise ValueError(f"statistics are of named neurons, and the {engine.method} method names none")
+            hot = torch.zeros(n, dtype=torch.bool)
+            if plan is not None:
+                hot = plan.layers[number].hot
+            elif len(shards) > 1:  # a cold fraction: the last ones by number
+                hot = torch.arange(n) < shards[0].weights.n_neurons
+            self._layers.append(_Layer(ffn, hot, masses))
+
+    def wanted(self, step: int) -> bool:
+        """Whether the decode step of that number, from 0, is to be sampled."""
+        return step % SAMPLE_EVERY == 1
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Samples the one token that the model runs in the block, unrecorded."""
+        with ExitStack() as watched:
+            for layer in self._layers:
+                watched.enter_context(layer.watched())
+            yield
+        for layer in self._layers:
+            layer.fold()
+
+    def layers(self) -> list[LayerRun]:
+        """Every layer since the counts were reset, as a generation does where decode begins."""
+        pairs = zip(self._layers, self._attention, strict=True)
+        return [layer.run(number, place, self._width) for number, (layer, place) in enumerate(pairs)]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """`placement.statistics` of the sampled tokens, with "blk.3.named" int64 [N], how often each neuron was named.
+
+        ValueError where no token was sampled.
+        """
+        if not self._layers[0].samples:
+            raise ValueError("no statistics: the second decode step is the first to be sampled, and there was none")
+        named = {f"blk.{number}.named": layer.named for number, layer in enumerate(self._layers)}
+        return to_tensors(tuple(layer.statistics() for layer in self._layers)) | named

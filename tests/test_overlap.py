@@ -1,0 +1,309 @@
+"""Hybrid FFNs on an emulated device: what one device computes, whatever is slow, and errors instead of hangs."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from pinfer import sparsify
+from pinfer.config import RunConfig
+from pinfer.engine import SHIPPED_MODEL, Engine, load_engine
+from pinfer.engine.step import DecodeStep
+from pinfer.ffn import HybridFFN, SparseFFN
+from pinfer.kernels import ops
+from pinfer.kernels.cpp import core_problem
+from pinfer.kernels.cpp.binding import StepFailed
+from pinfer.kernels.registry import Op, observe_ops
+from pinfer.overlap import Delays, Lane, Place, emulated
+from pinfer.predictors import Prediction, split_prediction
+from tests.gguf_files import write_tiny_llama
+
+pytestmark = pytest.mark.skipif(core_problem() is not None, reason=f"no CPU core: {core_problem()}")
+SPLITS = (0, 1, 25, 50, 99, 100)
+PROMPT, STEPS = [5, 40, 7, 260], 16
+
+
+@pytest.fixture(scope="module")
+def lane() -> Iterator[Lane]:
+    one = emulated([Place(), Place()], timeout_s=30.0)
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sixteenth of Llama-2-13B's layer shape, in Q4_0."""
+    path = tmp_path_factory.mktemp("wide") / "m.gguf"
+    return write_tiny_llama(path, n_layers=4, d_model=320, d_ffn=864, n_heads=5, n_kv_heads=5, weight_type="Q4_0")
+
+
+def engine_for(path: Path, **run: Any) -> Engine:
+    return load_engine(RunConfig(model=str(path), threads=1, **run))
+
+
+def split(
+    engine: Engine, lane: Lane | None, cold_percent: int, *, one_predictor: bool = False, n_cold: int = 1
+) -> list[HybridFFN]:
+    """Put hybrids in place of the model's sparse FFNs: a random share of the neurons is cold, in `n_cold` shards."""
+    hybrids = []
+    for layer, block in enumerate(engine.model.blocks):
+        whole = cast(SparseFFN, block.ffn)
+        order = torch.randperm(whole.weights.n_neurons, generator=torch.Generator().manual_seed(layer))
+        at = len(order) * cold_percent // 100
+        cold = [part.sort().values for part in order[:at].tensor_split(n_cold)]
+        block.ffn = HybridFFN.of(whole, order[at:].sort().values, cold, lane, one_predictor=one_predictor)
+        hybrids.append(block.ffn)
+    return hybrids
+
+
+def greedy(engine: Engine, *, record: bool = True, steps: int = STEPS) -> tuple[list[int], DecodeStep]:
+    cache = engine.model.new_cache()
+    ids = [int(t) % engine.config.vocab_size for t in PROMPT]
+    with engine.computing():
+        token = int(engine.model(torch.tensor(ids), cache, last_only=True).argmax())
+        step, drawn = DecodeStep(engine.model, cache, record=record), [token]
+        for _ in range(steps):
+            token = int(step(token).argmax())
+            drawn.append(token)
+    return drawn, step
+
+
+# float32 where logits lie close: int8 rounds sums whose last bits differ to other numbers (4 % of Gemma's logits).
+RUNS: dict[str, dict[str, Any]] = {
+    "shipped": {},
+    "13B-shaped": {"method": "exact", "precision": "float32"},
+    "shifted": {"method": "shift_threshold", "activation": "silu", "sparsity": 0.5, "precision": "float32"},
+    "Gemma": {"method": "shift_threshold", "sparsity": 0.5, "context": 256, "precision": "float32"},
+}
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(run, marks=[pytest.mark.real_model] * (run == "Gemma")) for run in RUNS]
+)
+def told(request: pytest.FixtureRequest, wide: Path) -> tuple[Engine, list[SparseFFN], list[int]]:
+    """A model, its whole FFNs, and what one device draws."""
+    path = {"shipped": SHIPPED_MODEL, "Gemma": None}.get(request.param, wide) or request.getfixturevalue("gemma")
+    engine = engine_for(path, **RUNS[request.param])
+    return engine, [cast(SparseFFN, block.ffn) for block in engine.model.blocks], greedy(engine)[0]
+
+
+@pytest.mark.parametrize("delays", [Delays(to_cpu_s=3e-4, to_gpu_s=1e-4), Delays(kernel_s=5e-4, bandwidth=2e9)])
+@pytest.mark.parametrize("one_predictor", [False, True])
+@pytest.mark.parametrize("cold_percent", SPLITS)
+def test_same_tokens_as_one_device(
+    told: tuple[Engine, list[SparseFFN], list[int]], cold_percent: int, one_predictor: bool, delays: Delays
+) -> None:
+    engine, whole, expected = told
+    for block, ffn in zip(engine.model.blocks, whole, strict=True):
+        block.ffn = ffn
+    lane = emulated(1, delays=delays, timeout_s=30.0)
+    split(engine, lane, cold_percent, one_predictor=one_predictor)
+    for record in (False, True):
+        drawn, step = greedy(engine, record=record)
+        assert drawn == expected
+        assert step.recorded == record
+    lane.close()
+
+
+@pytest.mark.parametrize("one_predictor", [False, True])
+@pytest.mark.parametrize("n_cold", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_lane_changes_no_bit(wide: Path, lane: Lane, n_cold: int, one_predictor: bool, threads: int) -> None:
+    """Of what the shards give one after the other; for one token and several, recorded or not."""
+    logits = []
+    for one in (None, lane):
+        engine = engine_for(wide, method="exact", precision="float32")
+        split(engine, one, 60, one_predictor=one_predictor, n_cold=n_cold)
+        torch.set_num_threads(threads)
+        with engine.computing():
+            cache = engine.model.new_cache()
+            given = [engine.model(torch.tensor(PROMPT) % 200, cache)]
+            step = DecodeStep(engine.model, cache)
+            given += [step(token).clone() for token in (3, 9, 4, 7)]
+        assert step.recorded
+        logits.append(torch.cat(given))
+    torch.set_num_threads(1)
+    assert torch.equal(*logits)
+
+
+def test_a_split_of_a_prediction_keeps_masks_and_values() -> None:
+    flags = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 1, 1, 0]], dtype=torch.bool)
+    values = torch.arange(10.0).view(2, 5)
+    whole = Prediction(ops.select_active(flags.float(), torch.zeros(1)), flags, values, torch.arange(5.0))
+    first, last = split_prediction(whole, (3, 2))
+    assert first.active.indices[: int(first.active.count)].tolist() == [0, 2]
+    assert last.active.indices[: int(last.active.count)].tolist() == [0]
+    assert torch.equal(cast(torch.Tensor, last.mask), flags[:, 3:])
+    assert torch.equal(cast(torch.Tensor, last.gate_values), values[:, 3:])
+    assert cast(torch.Tensor, last.shift).tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("one_predictor", [False, True])
+@pytest.mark.parametrize("record", [False, True])
+def test_activity_is_that_of_one_device(wide: Path, lane: Lane, one_predictor: bool, record: bool) -> None:
+    counts = []
+    for hybrid in (False, True):
+        engine = engine_for(wide, method="exact", precision="float32")
+        if hybrid:
+            split(engine, lane, 30, one_predictor=one_predictor, n_cold=2)
+        greedy(engine, record=record)
+        counts.append([(one.active, one.tokens, one.n_neurons) for one in sparsify.layer_densities(engine.model)])
+    assert counts[0] == counts[1]
+    assert counts[0][0][0] > 0
+
+
+def test_every_shard_observes_its_neurons(wide: Path, lane: Lane) -> None:
+    engine = engine_for(wide, method="exact", precision="float32")
+    seen: list[torch.Tensor] = []
+    hybrid = split(engine, lane, 30, one_predictor=True)[0]
+    for shard in (hybrid.hot, cast(SparseFFN, hybrid.cold[0])):
+        shard.observe = lambda x, prediction: seen.append(prediction.active.count.clone())
+    with engine.computing():
+        engine.model(torch.tensor([3]), engine.model.new_cache())
+    assert sum(map(int, seen)) == sparsify.layer_densities(engine.model)[0].active
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("one_predictor", [False, True])
+def test_the_opening_token_is_whole_and_compensated_once(wide: Path, lane: Lane, one_predictor: bool) -> None:
+    run = {"method": "shift_threshold", "activation": "silu", "sparsity": 0.6, "precision": "float32"}
+    logits = []
+    for hybrid in (False, True):
+        engine = engine_for(wide, **run)
+        if hybrid:
+            split(engine, lane, 40, one_predictor=one_predictor, n_cold=2)
+        with engine.computing():
+            cache = engine.model.new_cache()
+            logits.append(torch.cat([engine.model(torch.tensor(part), cache) for part in ([3], [4, 5, 6], [7])]))
+        assert sparsify.layer_densities(engine.model)[0].tokens == 5
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
+
+
+class Stumbling(torch.nn.Module):
+    """A shard that raises after some calls."""
+
+    def __init__(self, shard: SparseFFN, problem: BaseException, after: int = 0) -> None:
+        super().__init__()
+        self.shard, self.problem, self.left = shard, problem, after
+        self.traffic, self.weights = shard.traffic, shard.weights
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise self.problem
+        return self.shard(*args, **kwargs)
+
+
+@pytest.mark.parametrize("part", ["hot", "cold", "second cold"])
+@pytest.mark.parametrize("problem", [ValueError("on purpose"), KeyboardInterrupt()])
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_an_exception_in_a_part_ends_the_others_and_is_raised(
+    wide: Path, lane: Lane, part: str, problem: BaseException, after: int
+) -> None:
+    """Before, while and after the step is recorded; the lane then works on."""
+    engine = engine_for(wide, method="exact")
+    hybrid = split(engine, lane, 50, n_cold=2)[1]
+    if part == "hot":
+        stumbling = hybrid.hot = Stumbling(hybrid.hot, problem, after)  # type: ignore[assignment]
+    else:
+        at = 0 if part == "cold" else 1
+        stumbling = hybrid.cold[at] = Stumbling(cast(SparseFFN, hybrid.cold[at]), problem, after)
+    with pytest.raises(type(problem)):
+        greedy(engine, record=after != 2)
+    stumbling.left = 10**6  # type: ignore[union-attr]
+    expected = engine_for(wide, method="exact")
+    assert greedy(engine)[0] == greedy(expected)[0]
+
+
+def test_a_slow_cold_part_is_an_error_and_the_next_step_works(wide: Path) -> None:
+    lane = emulated(1, delays=Delays(to_cpu_s=0.4), timeout_s=0.1)
+    engine = engine_for(wide, method="exact")
+    split(engine, lane, 50)
+    cache = engine.model.new_cache()
+    step = DecodeStep(engine.model, cache)
+    with engine.computing(), pytest.raises(StepFailed, match="did not end in time"):
+        step(3)
+    assert cache.length == 0
+    lane.close()
+
+
+def test_a_lane_that_is_closed_refuses(wide: Path) -> None:
+    lane = emulated(1)
+    engine = engine_for(wide, method="exact")
+    split(engine, lane, 50)
+    _, step = greedy(engine)
+    lane.close()
+    with engine.computing(), pytest.raises(StepFailed, match="stopped"):
+        step(3)
+    with pytest.raises(StepFailed, match="stopped"):
+        greedy(engine)
+
+
+def test_more_cold_shards_than_workers_are_refused(wide: Path) -> None:
+    engine = engine_for(wide, method="exact")
+    split(engine, emulated(1), 50, n_cold=2)
+    with pytest.raises(ValueError, match="2 cold shards need a worker each; this lane has 1"):
+        greedy(engine)
+
+
+@pytest.mark.parametrize("field", ["to_cpu_s", "kernel_s", "bandwidth", "cpu_bandwidth"])
+def test_impossible_delays_are_refused(field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field} must be above 0, not -1"):
+        Delays(**{field: -1.0})
+
+
+def test_a_model_may_go_before_its_lane_and_a_lane_before_its_model(wide: Path, lane: Lane) -> None:
+    engine = engine_for(wide, method="exact")
+    split(engine, lane, 50)
+    _, step = greedy(engine)
+    model = weakref.ref(engine.model)
+    del engine, step
+    gc.collect()
+    assert model() is None
+    engine = engine_for(wide, method="exact")
+    own: Lane | None = emulated(1)
+    split(engine, own, 50)
+    expected = greedy(engine)[0]
+    del own
+    gc.collect()
+    assert greedy(engine)[0] == expected
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_two_engines_share_a_lane_at_once(wide: Path, lane: Lane, record: bool) -> None:
+    engines = [engine_for(wide, method="exact") for _ in range(2)]
+    for engine in engines:
+        split(engine, lane, 50)
+    expected = greedy(engines[0])[0]
+    drawn: list[list[int]] = []
+    threads = [
+        threading.Thread(target=lambda e=engine: drawn.extend(greedy(e, record=record)[0] for _ in range(5)))
+        for engine in engines
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert drawn == [expected] * 10
+
+
+def test_the_decode_step_calls_no_python_between_its_layers(wide: Path, lane: Lane) -> None:
+    engine = engine_for(wide, method="exact")
+    split(engine, lane, 50)
+    _, step = greedy(engine)
+    seen: list[str] = []
+
+    def observer(op: Op) -> Any:
+        seen.append(op.name)
+        raise AssertionError("no op is to be called")
+
+    with engine.computing(), observe_ops(observer):
+        step(3)
+    assert seen == []

@@ -1,0 +1,222 @@
+"""Which plan a run has, that it keeps to its budget, and what happens where memory runs out all the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pinfer.config import RunConfig, SamplingConfig
+from pinfer.engine import SHIPPED_MODEL, Engine, Generation, load, load_engine
+from pinfer.engine.devices import Account, Device, Emulated
+from pinfer.engine.place import place_model
+from pinfer.engine.plans import Placer, read_plan
+from pinfer.engine.shape import model_shape
+from pinfer.ffn import HybridFFN
+from pinfer.formats.gguf import GGUFFile
+from pinfer.formats.model_config import model_config
+from pinfer.models import build_model
+from pinfer.placement import LayerPlan, Plan
+from pinfer.sparsify import exact_predictors, sparsify
+from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
+
+PROMPT = [104, 101, 108, 108, 111]
+LAYERS, NEURONS, CONTEXT = 4, 96, 64
+SHIPPED_SOLVED = str(SHIPPED_MODEL.with_name("pinfer-tiny.pinfer"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("plans") / "m.gguf", n_layers=LAYERS, weight_type="Q8_0")
+
+
+@pytest.fixture(scope="module")
+def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_gemma3(tmp_path_factory.mktemp("plans") / "g.gguf", weight_type="Q8_0")
+
+
+def run_config(path: Path | str, **more: Any) -> RunConfig:
+    return RunConfig(model=str(path), context=CONTEXT, **({"device": "emulated"} | more))
+
+
+def drawn(engine: Engine, prompt: list[int] = PROMPT) -> list[int]:
+    generation = Generation(engine, prompt, max_tokens=10, sampling=SamplingConfig(temperature=0), ignore_eos=True)
+    for _ in generation:
+        pass
+    return generation.ids
+
+
+def placer(path: Path, device: Device, **more: Any) -> Placer:
+    gguf = GGUFFile.open(path)
+    shape = model_shape(gguf, model_config(gguf), "exact", rearranged=False)
+    return Placer(run_config(path, **more), "exact", shape, CONTEXT, device)
+
+
+@pytest.mark.parametrize("gpu_layers", [0, 1, 4, 5, 20, -1])
+def test_gpu_layers_draw_the_same_text(llama: Path, gpu_layers: int) -> None:
+    engine = load_engine(run_config(llama, gpu_layers=gpu_layers))
+    assert drawn(engine) == drawn(load_engine(run_config(llama, device="cpu")))
+    found = engine.placement
+    assert found is not None
+    assert found.n_layers == (4 if gpu_layers == -1 else min(4, gpu_layers))
+    assert found.plan.head == ("gpu" if gpu_layers in (5, 20, -1) else "cpu")
+    assert engine.vram_bytes == found.device.account.used > 0 or gpu_layers == 0
+    assert any("layers wholly on the emulated GPU" in note for note in engine.notes)
+
+
+@pytest.mark.parametrize("method", [{"method": "dense"}, {"method": "gate_threshold", "sparsity": 0.4}], ids=str)
+def test_gpu_layers_work_for_other_families_and_methods(gemma3: Path, method: dict[str, Any]) -> None:
+    expected = drawn(load_engine(run_config(gemma3, device="cpu", **method)), [300, 301])
+    assert drawn(load_engine(run_config(gemma3, gpu_layers=3, **method)), [300, 301]) == expected
+
+
+def test_without_a_gpu_a_run_goes_on_and_says_so(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    engine = load_engine(run_config(llama, device="auto", gpu_layers=20, gpu_memory_gb=16))
+    assert engine.placement is None
+    assert engine.vram_bytes == 0
+    [note] = [note for note in engine.notes if "--gpu-layers 20" in note]
+    assert "--gpu-memory-gb 16" in note
+    assert "no CUDA device" in note
+    assert "--device emulated" in note
+    with pytest.raises(ValueError, match="device cuda: torch finds no CUDA device"):
+        load_engine(run_config(llama, device="cuda"))
+
+
+def written(folder: Path, plan: Plan) -> str:
+    path = folder / "plan.json"
+    path.write_text(json.dumps(plan.to_plain()))
+    return str(path)
+
+
+def half(n_layers: int = LAYERS, n: int = NEURONS) -> Plan:
+    hot = torch.arange(n) % 2 == 0
+    return Plan(tuple(LayerPlan("gpu" if i % 2 else "cpu", hot) for i in range(n_layers)), "gpu")
+
+
+def test_a_plan_file_is_run(llama: Path, tmp_path: Path) -> None:
+    engine = load_engine(run_config(llama, plan=written(tmp_path, half())))
+    assert [type(ffn) for ffn in engine.model.ffns()] == [HybridFFN] * LAYERS
+    assert drawn(engine) == drawn(load_engine(run_config(llama, device="cpu")))
+    both = load_engine(run_config(llama, plan=written(tmp_path, half()), gpu_layers=2))
+    assert [isinstance(ffn, HybridFFN) for ffn in both.model.ffns()] == [True, True, False, False]
+    assert both.placement is not None
+    assert both.placement.n_layers == 2
+
+
+def test_a_plan_that_does_not_belong_here_is_refused(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a plan of 3 layers for a model of 4"):
+        load_engine(run_config(llama, plan=written(tmp_path, half(3))))
+    with pytest.raises(ValueError, match="the dense method does not name"):
+        load_engine(run_config(llama, plan=written(tmp_path, half()), method="dense"))
+    for content, problem in (("{", "not JSON"), ("[]", "a list"), ('{"format": 1}', "no plan")):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"bad\.json.*{problem}"):
+            read_plan(str(tmp_path / "bad.json"))
+    with pytest.raises(FileNotFoundError):
+        read_plan(str(tmp_path / "none.json"))
+
+
+def test_what_does_not_fit_is_refused_with_what_would(llama: Path) -> None:
+    every = placer(llama, Emulated())
+    needed = [every.memory(every._layers(count)).gpu_bytes for count in range(6)]
+    assert needed == sorted(needed)
+    budget = (needed[2] + needed[3]) / 2e9
+    with pytest.raises(ValueError, match=r"--gpu-layers 4.*kv.*budget is .* most that fits is --gpu-layers 2"):
+        load_engine(run_config(llama, gpu_layers=4, gpu_memory_gb=budget))
+    engine = load_engine(run_config(llama, gpu_layers=2, gpu_memory_gb=budget))
+    assert engine.vram_bytes <= 1e9 * budget
+    most = load_engine(run_config(llama, gpu_memory_gb=budget)).placement
+    assert most is not None
+    assert most.n_layers == 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), data=st.data())
+def test_the_estimate_covers_what_is_placed(llama: Path, seed: int, data: st.DataObject) -> None:
+    """Random plans, and random budgets that they fit: never a byte above either."""
+    generator = torch.Generator().manual_seed(seed)
+    shares = data.draw(st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), min_size=LAYERS, max_size=LAYERS))
+    homes = data.draw(st.lists(st.sampled_from(["gpu", "cpu"]), min_size=LAYERS, max_size=LAYERS))
+    layers = [
+        LayerPlan(home, torch.rand(NEURONS, generator=generator) < share)  # type: ignore[arg-type]
+        for home, share in zip(homes, shares, strict=True)
+    ]
+    plan = Plan(tuple(layers), data.draw(st.sampled_from(["gpu", "cpu"])))
+    estimate = placer(llama, Emulated()).checked(plan, "random").estimate.gpu_bytes
+    budget = estimate + data.draw(st.integers(0, 1000))
+    device = Emulated(budget)
+    found = placer(llama, device).checked(plan, "random")
+    gguf = GGUFFile.open(llama)
+    model = sparsify(build_model(gguf, model_config(gguf), CONTEXT), exact_predictors, found.plan)
+    place_model(model, found.plan, device)
+    assert device.account.peak <= estimate <= budget
+    if estimate:
+        with pytest.raises(ValueError, match="the most that fits"):
+            placer(llama, Emulated(estimate - 1)).checked(plan, "random")
+
+
+class Short(Emulated):
+    """A device with less memory than it says."""
+
+    def __init__(self, said: int | None, really: int) -> None:
+        super().__init__(said)
+        self.account = Account(really)
+
+
+@pytest.mark.parametrize("plan", [None, half()], ids=["layers", "neurons"])
+def test_memory_that_runs_out_is_stepped_down_from_once(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: Plan | None
+) -> None:
+    asked: dict[str, Any] = {"gpu_layers": -1} if plan is None else {"plan": written(tmp_path, plan)}
+    whole = load_engine(run_config(llama, **asked))
+    expected, short = drawn(whole), whole.vram_bytes - 1
+    devices: list[Short] = []
+
+    def fewer(name: str, limit: int | None) -> Short:
+        devices.append(Short(limit, short))
+        return devices[-1]
+
+    monkeypatch.setattr(load, "device_for", fewer)
+    engine = load_engine(run_config(llama, **asked))
+    assert len(devices) == 2
+    assert drawn(engine) == expected
+    assert 0 < engine.vram_bytes <= short
+    assert any("out of GPU memory" in note and "smaller placement" in note for note in engine.notes)
+
+
+def test_memory_that_runs_out_twice_is_a_clean_end(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really = iter([60_000, 100])
+    monkeypatch.setattr(load, "device_for", lambda name, limit: Short(limit, next(really)))
+    with pytest.raises(RuntimeError, match=r"out of GPU memory.*twice: give a smaller") as failure:
+        load_engine(run_config(llama, gpu_layers=-1))
+    assert not isinstance(failure.value, torch.OutOfMemoryError)
+
+
+def test_a_budget_and_statistics_are_solved_for(tmp_path: Path) -> None:
+    """The shipped model's directory has statistics and no plan."""
+    run = RunConfig(
+        predictor_path=SHIPPED_SOLVED, device="emulated", gpu_layers=2, gpu_memory_gb=0.018, context=CONTEXT
+    )
+    engine = load_engine(run)
+    assert engine.placement is not None
+    assert "statistics" in engine.placement.source
+    assert 0 < engine.vram_bytes <= engine.placement.estimate.gpu_bytes <= 0.018e9
+    prompt = engine.tokenizer.encode("In the beginning")
+    expected = drawn(load_engine(dataclasses.replace(run, device="cpu", gpu_layers=None, gpu_memory_gb=None)), prompt)
+    assert drawn(engine, prompt) == expected
+
+
+def test_an_account_counts_to_its_limit() -> None:
+    account = Account(100)
+    account.take(60)
+    with pytest.raises(torch.OutOfMemoryError, match="41 bytes more than 60 would pass the limit of 100"):
+        account.take(41)
+    account.take(40)
+    assert (account.used, account.peak) == (100, 100)
