@@ -192,7 +192,7 @@ def test_memory_that_runs_out_is_stepped_down_from_once(
 
 
 def test_memory_that_runs_out_twice_is_a_clean_end(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    really = iter([60_000, 100])
+    really = iter([150_000, 100])
     monkeypatch.setattr(load, "device_for", lambda name, limit: Short(limit, next(really)))
     with pytest.raises(RuntimeError, match=r"out of GPU memory.*twice: give a smaller") as failure:
         load_engine(run_config(llama, gpu_layers=-1))
