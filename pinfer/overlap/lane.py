@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from pinfer.kernels.select_active import Active
+from pinfer.overlap.prefill import PrefillCosts
 
 Given = tuple[torch.Tensor | None, ...]
+Tensors = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,11 @@ class Lane(ABC):
     """Runs `hot` on the device and every cold part on the CPU, beside each other where it can.
 
     A lane outlives a model and may serve several. `close` ends its threads; so does forgetting it.
+
+    prefill: when batches are computed on the device instead, with weights brought there; None: never.
     """
+
+    prefill: PrefillCosts | None = None
 
     @abstractmethod
     def run(self, hot: Callable[[], torch.Tensor], cold: Sequence[Cold], traffic: Traffic) -> list[torch.Tensor]:
@@ -61,6 +67,14 @@ class Lane(ABC):
         An exception of a part is raised when none of them runs any more. RuntimeError where a part fails or does
         not end within the lane's time; ValueError for more cold parts than the lane serves.
         """
+
+    def place(self, shard: int, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor as cold shard number `shard` is to hold it: itself, or a copy in memory beside its threads."""
+        return tensor
+
+    def brought(self, pieces: Iterable[Tensors]) -> Iterator[Tensors]:
+        """Copies on the device of tensors on the CPU, piece by piece, the next under way while one is used."""
+        yield from pieces
 
     @property
     def recordable(self) -> bool:
@@ -74,3 +88,9 @@ class Lane(ABC):
     @abstractmethod
     def close(self) -> None:
         """End what the lane started; it cannot run afterwards."""
+
+
+def check_served(cold: int, workers: int) -> None:
+    """ValueError for more cold shards than there are workers."""
+    if cold > workers:
+        raise ValueError(f"{cold} cold shards need a worker each; this lane has {workers}")
