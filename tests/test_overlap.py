@@ -116,10 +116,10 @@ def test_same_tokens_as_one_device(
 @pytest.mark.parametrize("one_predictor", [False, True])
 @pytest.mark.parametrize("n_cold", [1, 2])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_lane_changes_no_bit(wide: Path, lane: Lane, n_cold: int, one_predictor: bool, threads: int) -> None:
+def test_a_lane_changes_no_bit(wide: Path, n_cold: int, one_predictor: bool, threads: int) -> None:
     """Of what the shards give one after the other; for one token and several, recorded or not."""
     logits = []
-    for one in (None, lane):
+    for one in (None, emulated([Place()] * n_cold)):
         engine = engine_for(wide, method="exact", precision="float32")
         split(engine, one, 60, one_predictor=one_predictor, n_cold=n_cold)
         torch.set_num_threads(threads)
@@ -160,10 +160,10 @@ def test_activity_is_that_of_one_device(wide: Path, lane: Lane, one_predictor: b
     assert counts[0][0][0] > 0
 
 
-def test_every_shard_observes_its_neurons(wide: Path, lane: Lane) -> None:
+def test_every_shard_observes_its_neurons(wide: Path) -> None:
     engine = engine_for(wide, method="exact", precision="float32")
     seen: list[torch.Tensor] = []
-    hybrid = split(engine, lane, 30, one_predictor=True)[0]
+    hybrid = split(engine, emulated(1), 30, one_predictor=True)[0]
     for shard in (hybrid.hot, cast(SparseFFN, hybrid.cold[0])):
         shard.observe = lambda x, prediction: seen.append(prediction.active.count.clone())
     with engine.computing():
@@ -254,6 +254,14 @@ def test_shards_of_nodes_lie_in_their_memory_and_change_nothing(wide: Path) -> N
             assert shard.predictor.gate is shard.weights.gate
     assert greedy(engine)[0] == expected
     lane.close()
+
+
+def test_a_cold_part_is_dealt_to_the_workers_of_a_lane(wide: Path, lane: Lane) -> None:
+    engine = engine_for(wide, method="exact", precision="float32")
+    expected = greedy(engine)[0]
+    hybrid = split(engine, lane, 50)[0]
+    assert [cast(SparseFFN, shard).weights.n_neurons for shard in hybrid.cold] == [216, 216]
+    assert greedy(engine)[0] == expected
 
 
 class Stumbling(torch.nn.Module):

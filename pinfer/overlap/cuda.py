@@ -115,6 +115,10 @@ class Staged(Lane):
         hot_y = hot()
         return [hot_y, *(turn.collect(*box) for box in boxes)]
 
+    @property
+    def n_cold(self) -> int:
+        return len(self.workers)
+
     def place(self, shard: int, tensor: torch.Tensor) -> torch.Tensor:
         check_served(shard + 1, len(self.workers))
         worker = self.workers[shard]

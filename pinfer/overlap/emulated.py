@@ -104,6 +104,10 @@ class Emulated(Lane):
         _pause(self.delays.to_gpu_s)
         return y
 
+    @property
+    def n_cold(self) -> int:
+        return len(self.workers)
+
     def place(self, shard: int, tensor: torch.Tensor) -> torch.Tensor:
         check_served(shard + 1, len(self.workers))
         worker = self.workers[shard]

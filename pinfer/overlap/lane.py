@@ -68,6 +68,11 @@ class Lane(ABC):
         not end within the lane's time; ValueError for more cold parts than the lane serves.
         """
 
+    @property
+    def n_cold(self) -> int:
+        """How many cold shards it computes beside each other: one for each NUMA node."""
+        return 1
+
     def place(self, shard: int, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor as cold shard number `shard` is to hold it: itself, or a copy in memory beside its threads."""
         return tensor
