@@ -27,7 +27,7 @@ from pinfer.kernels.cpp.program import Program, noting
 from pinfer.kernels.cpp.worker import Job, Place, Worker
 from pinfer.overlap.capture import current
 from pinfer.overlap.device import CUDADevice, Device
-from pinfer.overlap.lane import Cold, Lane, Tensors, Traffic, check_served
+from pinfer.overlap.lane import Cold, Lane, Tensors, Traffic, WorkerLane
 from pinfer.overlap.prefill import PrefillCosts
 from pinfer.overlap.stream import Stream
 
@@ -36,7 +36,7 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 WAIT_S = 10.0  # of a worker for a flag: longer than a step, no longer than `collect` waits for it
 
 
-class Staged(Lane):
+class Staged(WorkerLane):
     """See `cuda`; `device` stands for the GPU."""
 
     def __init__(
@@ -49,8 +49,8 @@ class Staged(Lane):
     ) -> None:
         if stage not in STAGES:
             raise ValueError(f"stage {stage!r} is none of {', '.join(STAGES)}")
-        self.device, self.stage, self.timeout_s, self.prefill = device, stage, timeout_s, prefill
-        self.workers = [Worker(place, timeout_s=timeout_s) for place in places]
+        super().__init__(places, timeout_s, prefill)
+        self.device, self.stage = device, stage
         self._streams = [Stream(timeout_s) for _ in places[1:]]
 
     @property
@@ -64,7 +64,7 @@ class Staged(Lane):
         return f"stage {self.stage} of the overlap instead of {before}"
 
     def run(self, hot: Callable[[], torch.Tensor], cold: Sequence[Cold], traffic: Traffic) -> list[torch.Tensor]:
-        check_served(len(cold), len(self.workers))
+        self.check_served(len(cold))
         if not self.device.capturing():
             return self._eager(hot, cold)
         return self._in_graph(hot, cold) if self.stage == "graph" else self._by_flags(hot, cold)
@@ -115,15 +115,6 @@ class Staged(Lane):
         hot_y = hot()
         return [hot_y, *(turn.collect(*box) for box in boxes)]
 
-    @property
-    def n_cold(self) -> int:
-        return len(self.workers)
-
-    def place(self, shard: int, tensor: torch.Tensor) -> torch.Tensor:
-        check_served(shard + 1, len(self.workers))
-        worker = self.workers[shard]
-        return tensor if worker.place.node is None else worker.copy_of(tensor)
-
     def brought(self, pieces: Iterable[Tensors]) -> Iterator[Tensors]:
         """Through pinned memory; a copy waits for the kernels of the piece before the last, whose memory it takes."""
         ahead = iter(pieces)
@@ -149,10 +140,6 @@ class Staged(Lane):
         copy = self.device.host(tensor)
         self.device.copy(tensor, copy)
         return copy
-
-    def close(self) -> None:
-        for worker in self.workers:
-            worker.stop()
 
 
 class FlagTurn:

@@ -17,7 +17,7 @@ import torch
 from pinfer.kernels.cpp import binding
 from pinfer.kernels.cpp.program import Program, noting, recording
 from pinfer.kernels.cpp.worker import Job, Place, Worker
-from pinfer.overlap.lane import Cold, Lane, Tensors, Traffic, check_served
+from pinfer.overlap.lane import Cold, Lane, Tensors, Traffic, WorkerLane
 from pinfer.overlap.prefill import PrefillCosts
 from pinfer.overlap.stream import Stream
 
@@ -45,19 +45,18 @@ class Delays:
                 raise ValueError(f"{field.name} must be above 0, not {value}")
 
 
-class Emulated(Lane):
+class Emulated(WorkerLane):
     """See `emulated`. `workers` serve the cold parts, one each."""
 
     def __init__(
         self, places: Sequence[Place], delays: Delays, timeout_s: float, prefill: PrefillCosts | None = None
     ) -> None:
-        self.prefill = prefill
-        self.delays, self.timeout_s = delays, timeout_s
-        self.workers = [Worker(place, timeout_s=timeout_s) for place in places]
+        super().__init__(places, timeout_s, prefill)
+        self.delays = delays
         self._streams = [Stream(timeout_s) for _ in places]  # of the device, and of every cold part but the first
 
     def run(self, hot: Callable[[], torch.Tensor], cold: Sequence[Cold], traffic: Traffic) -> list[torch.Tensor]:
-        check_served(len(cold), len(self.workers))
+        self.check_served(len(cold))
         return self._eager(hot, cold, traffic) if recording() is None else self._recorded(hot, cold, traffic)
 
     def _eager(self, hot: Callable[[], torch.Tensor], cold: Sequence[Cold], traffic: Traffic) -> list[torch.Tensor]:
@@ -104,24 +103,11 @@ class Emulated(Lane):
         _pause(self.delays.to_gpu_s)
         return y
 
-    @property
-    def n_cold(self) -> int:
-        return len(self.workers)
-
-    def place(self, shard: int, tensor: torch.Tensor) -> torch.Tensor:
-        check_served(shard + 1, len(self.workers))
-        worker = self.workers[shard]
-        return tensor if worker.place.node is None else worker.copy_of(tensor)
-
     def brought(self, pieces: Iterable[Tensors]) -> Iterator[Tensors]:
         for piece in pieces:
             if self.delays.to_gpu_bandwidth:
                 _pause(sum(one.nbytes for one in piece) / self.delays.to_gpu_bandwidth)
             yield piece
-
-    def close(self) -> None:
-        for worker in self.workers:
-            worker.stop()
 
 
 def _paced(work: Callable[[], torch.Tensor], seconds: float, traffic: Traffic, bandwidth: float | None) -> torch.Tensor:

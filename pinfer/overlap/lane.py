@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from pinfer.kernels.cpp.worker import Place, Worker
 from pinfer.kernels.select_active import Active
 from pinfer.overlap.prefill import PrefillCosts
 
@@ -95,7 +96,27 @@ class Lane(ABC):
         """End what the lane started; it cannot run afterwards."""
 
 
-def check_served(cold: int, workers: int) -> None:
-    """ValueError for more cold shards than there are workers."""
-    if cold > workers:
-        raise ValueError(f"{cold} cold shards need a worker each; this lane has {workers}")
+class WorkerLane(Lane):
+    """A lane whose cold parts are computed by workers of the core, one each."""
+
+    def __init__(self, places: Sequence[Place], timeout_s: float, prefill: PrefillCosts | None) -> None:
+        self.timeout_s, self.prefill = timeout_s, prefill
+        self.workers = [Worker(place, timeout_s=timeout_s) for place in places]
+
+    @property
+    def n_cold(self) -> int:
+        return len(self.workers)
+
+    def place(self, shard: int, tensor: torch.Tensor) -> torch.Tensor:
+        self.check_served(shard + 1)
+        worker = self.workers[shard]
+        return tensor if worker.place.node is None else worker.copy_of(tensor)
+
+    def check_served(self, n_cold: int) -> None:
+        """ValueError for more cold shards than there are workers."""
+        if n_cold > len(self.workers):
+            raise ValueError(f"{n_cold} cold shards need a worker each; this lane has {len(self.workers)}")
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.stop()
