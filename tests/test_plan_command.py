@@ -17,13 +17,14 @@ from pinfer.engine import SHIPPED_MODEL
 from pinfer.engine.hardware import Machine
 from pinfer.engine.rates import Rates, keep_rates
 from pinfer.placement.statistics import QUANTILES, LayerStatistics, to_tensors
+from tests.gguf_files import write_tiny_gemma3
 from tests.test_hardware import MEASURED, PLAIN, WITH_GPU
 
 HEADLINE = [
     "plan", "--shape", "llama-2-70b", "--type", "q4_k_m", "--skew", "relu-llama-70b", "--density", "0.1",
     "--gpu", "rtx4090", "--gpu-memory-gb", "24", "--ram-bandwidth", "80",
 ]  # fmt: skip
-SMALL = ["plan", "--shape", "llama-2-7b", "--gpu", "rtx2080ti", "--vram", "6", "--ram-bandwidth", "50", "--no-compare"]
+QUICK = ["plan", "--shape", "llama-2-70b", "--gpu", "a100-40", "--vram", "20", "--ram-bandwidth", "50", "--no-compare"]
 
 
 @pytest.fixture(autouse=True)
@@ -161,21 +162,21 @@ def test_measured_memory_beside_a_named_card(
 
 
 def test_flags_change_what_they_should(capsys: pytest.CaptureFixture[str]) -> None:
-    base = planned(capsys, *SMALL)
-    ideal = planned(capsys, *SMALL, "--ideal")
+    base = planned(capsys, *QUICK)
+    ideal = planned(capsys, *QUICK, "--ideal")
     assert ideal["tokens_per_s"] > base["tokens_per_s"]
     assert ideal["density"] == pytest.approx(0.1)
-    deep = planned(capsys, *SMALL, "--depth", "4096")
+    deep = planned(capsys, *QUICK, "--depth", "4096")
     assert deep["depth"] == 4096
     assert deep["tokens_per_s"] < base["tokens_per_s"]
-    large = planned(capsys, *SMALL, "--predictor-gb", "1")
+    large = planned(capsys, *QUICK, "--predictor-gb", "1")
     taken = large["memory"]["gpu"]["predictor"] + large["memory"]["cpu"]["predictor"]
     assert taken == pytest.approx(1e9, rel=0.01)
-    pinned = planned(capsys, *SMALL, "-ngl", "4")["layers"]
+    pinned = planned(capsys, *QUICK, "-ngl", "4")["layers"]
     assert all(layer["hot"] == layer["neurons"] and layer["attention"] == "gpu" for layer in pinned[-4:])
-    even = planned(capsys, *SMALL, "--skew", "uniform")
+    even = planned(capsys, *QUICK, "--skew", "uniform")
     assert even["tokens_per_s"] < base["tokens_per_s"]
-    none = planned(capsys, *SMALL, "--vram", "0")
+    none = planned(capsys, *QUICK, "--vram", "0")
     assert none["gpu_bytes"] == 0
     assert none["gpu_busy"] == 0
 
@@ -199,6 +200,25 @@ def test_a_file_without_statistics_wants_them(capsys: pytest.CaptureFixture[str]
     assert "name --predictor-path (of pinfer solve or profile), --from-run or --skew" in capsys.readouterr().err
 
 
+def test_a_model_without_relu_is_placed_at_a_density(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    gemma, machine = str(write_tiny_gemma3(tmp_path / "m.gguf")), ["--gpu", "rtx4090", "--ram-bandwidth", "20"]
+    assert run(["plan", "-m", gemma, "--skew", "uniform", *machine]) == BAD_INPUT
+    assert "method dense names no neurons to place: give --density" in capsys.readouterr().err
+    found = planned(capsys, "plan", "-m", gemma, "--skew", "uniform", "--density", "0.4", "--no-compare", *machine)
+    assert found["density"] == pytest.approx(0.4)
+    assert sum(found["memory"][place]["compensation"] for place in ("gpu", "cpu")) > 0
+
+
+def test_a_directory_of_a_profile_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    solved = str(tmp_path / "profiled")
+    assert run(["profile", "-o", solved, "--tokens", "64"]) == OK
+    capsys.readouterr()
+    arguments = ["--gpu", "rtx4090", "--ram-bandwidth", "20", "--no-compare", "--predictor-path", solved]
+    found = planned(capsys, "plan", "-m", str(SHIPPED_MODEL), *arguments)
+    assert 0 < found["density"] < 0.2
+    assert solved in found["rates"]
+
+
 def gathered(path: Path, layers: int, neurons: int) -> Path:
     """Statistics of a run in which the first neurons fired on every token and the others on none."""
     fired = torch.where(torch.arange(neurons) < neurons // 10, 50, 0)
@@ -212,25 +232,25 @@ def gathered(path: Path, layers: int, neurons: int) -> Path:
 
 
 def test_statistics_gathered_while_serving(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    path = gathered(tmp_path / "run.safetensors", 32, 11008)
-    found = planned(capsys, *SMALL, "--from-run", str(path), "--over-prediction", "1")
-    assert found["density"] == pytest.approx(1100 / 11008)
+    path = gathered(tmp_path / "run.safetensors", 80, 28672)
+    found = planned(capsys, *QUICK, "--from-run", str(path))
+    assert found["density"] == pytest.approx(2867 / 28672)
     assert str(path) in found["rates"]
-    assert all(layer["hot"] >= 1100 for layer in found["layers"] if layer["attention"] == "gpu")
-    wrong = gathered(tmp_path / "wrong.safetensors", 31, 11008)
-    assert run([*SMALL, "--from-run", str(wrong)]) == BAD_INPUT
+    assert all(layer["hot"] > 0.9 * 2867 for layer in found["layers"])
+    wrong = gathered(tmp_path / "wrong.safetensors", 31, 28672)
+    assert run([*QUICK, "--from-run", str(wrong)]) == BAD_INPUT
     assert "31 layers" in capsys.readouterr().err
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    assert run([*SMALL, "--from-run", str(tmp_path / "other.safetensors")]) == BAD_INPUT
+    assert run([*QUICK, "--from-run", str(tmp_path / "other.safetensors")]) == BAD_INPUT
     assert "no activation statistics in it" in capsys.readouterr().err
 
 
 def test_a_plan_is_written_and_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     plan, png = tmp_path / "plan.json", tmp_path / "plan.png"
-    found = planned(capsys, *SMALL, "-o", str(plan), "--plot", str(png))
+    found = planned(capsys, *QUICK, "-o", str(plan), "--plot", str(png))
     content = json.loads(plan.read_text())
     assert [layer["n_hot"] for layer in content["layers"]] == [layer["hot"] for layer in found["layers"]]
-    assert (content["context"], content["budget_bytes"]) == (4096, 6 * 10**9)
+    assert (content["context"], content["budget_bytes"]) == (4096, 20 * 10**9)
     assert content["figures"]["tokens_per_s"] == found["tokens_per_s"]
     pytest.importorskip("matplotlib")
     assert png.read_bytes().startswith(b"\x89PNG")
@@ -240,7 +260,7 @@ def test_without_matplotlib_the_plan_is_there_all_the_same(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert run([*SMALL, "--plot", str(tmp_path / "plan.png")]) == OK
+    assert run([*QUICK, "--plot", str(tmp_path / "plan.png")]) == OK
     assert "no plot: matplotlib is not installed" in capsys.readouterr().err
     assert not (tmp_path / "plan.png").exists()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from pinfer.cli.console import console, printable
 from pinfer.cli.plan_draw import draw
 from pinfer.cli.plan_subject import Subject
 from pinfer.placement import ModelShape
-from pinfer.placement.baselines import dense_layers
+from pinfer.placement.baselines import dense_layers, dense_problem
 from pinfer.placement.explain import Explanation, Rival, explain, rivals
 from pinfer.placement.problem import Problem, evaluate
 from pinfer.placement.simulate import Simulation, simulate
@@ -70,7 +71,8 @@ class Report:
 
 def _dense(problem: Problem, solution: Solution, shape: ModelShape) -> tuple[Rival]:
     """The dense layer split alone."""
-    own, plan = dense_layers(problem, shape)
+    own = dense_problem(problem, shape)
+    plan = dense_layers(own)
     seconds = evaluate(own, plan).total_s
     return (Rival("dense_layers", seconds, own.memory(plan).gpu_bytes, seconds / solution.token_s - 1),)
 
@@ -154,7 +156,8 @@ def _speed(report: Report) -> Iterator[str]:
         f"copies and hand-overs take {100 * simulation.busy('link'):.0f} %; "
         f"that tokens name more and fewer neurons than the mean adds {1e6 * simulation.spread_s:.1f} µs"
     )
-    yield f"no placement is more than {100 * solution.gap:.2g} % faster; solved in {solution.solve_seconds:.2f} s"
+    gap = math.ceil(1e5 * solution.gap) / 1e3
+    yield f"no placement is more than {gap:.3f} % faster; solved in {solution.solve_seconds:.2f} s"
 
 
 def _memory(report: Report) -> Table:

@@ -12,23 +12,25 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
-from pinfer.config import Method, RunConfig
+from pinfer.config import Method, ModelConfig, RunConfig
 from pinfer.engine import SHIPPED_MODEL
+from pinfer.engine.fitting import STAGE as PREDICTORS
 from pinfer.engine.fitting import kept_densities, kept_predictors
 from pinfer.engine.load import what_to_run
-from pinfer.engine.shape import model_shape
+from pinfer.engine.shape import READS_ALL, READS_GATE, model_shape
 from pinfer.engine.solved import ACTIVATIONS, Solved
 from pinfer.formats.gguf import GGUFFile
 from pinfer.formats.model_config import check_tensors, model_config
+from pinfer.kernels.activation import ZERO_BELOW_ZERO
 from pinfer.models import build_model
 from pinfer.placement import ModelShape
 from pinfer.placement.published import PUBLISHED, Down, predictor_shape, published_shape
 from pinfer.placement.skew import measured_rates, published_rates
 from pinfer.placement.statistics import LayerStatistics, from_tensors
+from pinfer.sparsify import THRESHOLDED, resolve_method
 
 DEFAULT_TYPE, DEFAULT_SKEW, DEFAULT_DENSITY, DEFAULT_RANK = "q4_k_m", "relu-llama-70b", 0.1, 256
 SHIPPED_PREDICTORS = SHIPPED_MODEL.with_name("pinfer-tiny.pinfer")
-READS_GATE = ("exact", "gate_threshold", "weighted_threshold", "shift_threshold")
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ def _published(options: SubjectOptions, default_over: float) -> Subject:
         method: str = "bytes"
     else:
         method = "low_rank" if options.method == "auto" else options.method
+        if method in READS_ALL:
+            raise ValueError(f"method {method} names no neurons to place")
         predictor = predictor_shape(method, name, rank=options.predictor_rank or DEFAULT_RANK)
     shape = published_shape(name, kind, predictor, down=options.down or "rows")
     over = options.over_prediction or (1.0 if method in READS_GATE else default_over)
@@ -120,10 +124,13 @@ def _of_file(options: SubjectOptions, default_over: float) -> Subject:
     gguf = GGUFFile.open(path)
     config = model_config(gguf)
     check_tensors(gguf, config)
-    method, solved = what_to_run(RunConfig(model=str(path), predictor_path=named, method=options.method), config, gguf)
+    solved = None if named is None else Solved.open(named, gguf)
     predictors = densities = None
-    if solved is not None:
+    if named is not None and solved is not None and PREDICTORS in solved.stages:
+        method, _ = what_to_run(RunConfig(model=str(path), predictor_path=named, method=options.method), config, gguf)
         predictors, densities = kept_predictors(solved, build_model(gguf, config, 1)), kept_densities(solved)
+    else:
+        method = _method(options, config)
     shape = model_shape(gguf, config, method, predictors)
     over = options.over_prediction or (1.0 if method in READS_GATE or densities else default_over)
     if densities is not None and options.density is None:
@@ -132,12 +139,24 @@ def _of_file(options: SubjectOptions, default_over: float) -> Subject:
     return Subject(shape, model_shape(gguf, config, "dense"), rates, said)
 
 
+def _method(options: SubjectOptions, config: ModelConfig) -> Method:
+    """The method of a run without fitted predictors, the density being its sparsity; ValueError where it names none."""
+    fires = config.activation in ZERO_BELOW_ZERO
+    takes_sparsity = not fires if options.method == "auto" else options.method in THRESHOLDED
+    sparsity = None if options.density is None or not takes_sparsity else 1 - options.density
+    method = resolve_method(options.method, config, sparsity)
+    if method in READS_ALL:
+        raise ValueError(f"method {method} names no neurons to place: give --density, --method or --predictor-path")
+    return method
+
+
 def _rates(
     options: SubjectOptions, over: float, shape: ModelShape, solved: Solved | None
 ) -> tuple[Sequence[np.ndarray], str]:
     """Rates, and where they come from: a run, a named skew, a solved directory, else the published skew of a shape."""
     n_layers, n_neurons = len(shape.layers), shape.layers[0].n_neurons
     if options.from_run is not None:
+        over = options.over_prediction or 1.0  # what ran was counted as it was named
         found = measured_rates(read_statistics(options.from_run), density=options.density, over_prediction=over)
         return found, f"gathered in {options.from_run}{_scaled(options, over)}"
     if options.skew is None and solved is not None and solved.has(ACTIVATIONS):

@@ -19,6 +19,7 @@ import numpy as np
 from pinfer.placement.options import ON_GPU, WAYS, Curve, Layer
 
 GRID, ROUNDS, FINE = 256, 4, 48
+WIDE = 4  # a range of prices by this factor is divided by ratios
 LOWEST = 1e-9  # of the price of reading a byte on the CPU: less is free
 
 
@@ -142,13 +143,12 @@ def bracket(chain: Chain, capacity: int, cpu_byte_s: float) -> Bracket | None:
     return found
 
 
-def filled(chain: Chain, ways: np.ndarray, capacity: int, low: float, high: float) -> np.ndarray | None:
+def filled(chain: Chain, ways: np.ndarray, capacity: int, prices: np.ndarray) -> np.ndarray | None:
     """The best numbers of hot neurons int64 [layers] for fixed ways, by giving memory to the most useful neurons first.
 
-    low, high: prices at which they exceed and at which they fit, or the widest there are. None where the ways do not fit.
+    prices: rising, from one at which they exceed the capacity, or 0, to one at which they fit. None where they never do.
     """
     curves = [chain.curve(number, int(way)) for number, way in enumerate(ways)]
-    prices = np.array([low, high])
     for _ in range(ROUNDS):
         counts = np.stack([curve.counts(prices) for curve in curves])
         total = np.sum([curve.bytes(one) for curve, one in zip(curves, counts, strict=True)], axis=0)
@@ -158,7 +158,8 @@ def filled(chain: Chain, ways: np.ndarray, capacity: int, low: float, high: floa
         at = int(np.argmax(fits))
         if at == 0:
             return counts[:, 0]
-        prices = np.linspace(prices[at - 1], prices[at], FINE)
+        low, high = prices[at - 1], prices[at]
+        prices = np.geomspace(low, high, FINE) if high > WIDE * low > 0 else np.linspace(low, high, FINE)
     return _topped_up(curves, counts[:, at], counts[:, at - 1], capacity - int(total[at]))
 
 

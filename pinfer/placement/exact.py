@@ -19,7 +19,7 @@ from pinfer.placement.options import ON_GPU, Curve
 TANGENTS = 24
 SCALE = 1e4  # of the objective and of memory, so that HiGHS's absolute tolerances are far below what counts
 TIME_LIMIT_S = 5.0
-LEAST_GAP = 1e-4
+LEAST_GAP = 5e-4
 
 
 class _Row(NamedTuple):

@@ -19,7 +19,8 @@ AS_GOOD = 0.01  # a baseline within this share of the plan's time is as good
 
 @dataclass(frozen=True)
 class Rival:
-    """A baseline: its plan's time and memory. slower: by which share of the solver's time it is slower."""
+    """A baseline: its plan's time and memory. slower: by which share of the solver's time it is slower; below 0, faster,
+    which only one of another shape can be: dense layers need no predictor, and their `down` stays as in the file."""
 
     name: str
     token_s: float
@@ -32,7 +33,13 @@ class Rival:
 
     @property
     def as_good(self) -> bool:
-        return self.slower <= AS_GOOD
+        return abs(self.slower) <= AS_GOOD
+
+    @property
+    def verdict(self) -> str:
+        if self.as_good:
+            return "as good as this plan"
+        return f"{'FASTER: ' if self.slower < 0 else ''}this plan is {1 + self.slower:.2f} times as fast"
 
 
 @dataclass(frozen=True)
@@ -76,8 +83,7 @@ class Explanation:
             f"One GB more: {self.another_gb:.2f} tokens/s; one less: {less}; now {speed:.2f}.",
         ]
         for one in self.rivals:
-            verdict = "as good as this plan" if one.as_good else f"this plan is {1 + one.slower:.2f} times as fast"
-            lines.append(f"{one.name}: {one.tokens_per_s:.2f} tokens/s; {verdict}.")
+            lines.append(f"{one.name}: {one.tokens_per_s:.2f} tokens/s; {one.verdict}.")
         return lines
 
 

@@ -7,8 +7,10 @@ A card's GB are 2^30 bytes here, to the guide's advantage. Its "34B" of 60 layer
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -108,7 +110,7 @@ def layers() -> Iterator[Row]:
             why = f"{wanted} layers take {found.gpu_bytes / GB:.1f} GB of {card_gb * GIB / GB:.1f}"
             verdict: Verdict = "room left" if wanted < 0.75 * ours else "agrees"
             if wanted > ours:
-                why += f", {found.gpu['kv'] / GB:.1f} of them {CONTEXT} keys and values"
+                why += f", {found.gpu['kv'] / GB:.1f} of them keys and values of {CONTEXT} positions"
                 verdict = "impossible" if wanted / n_layers * _layers_bytes(shape) > card_gb * GIB else "too many"
             said = f"all ({n_layers})" if guide is None else f"{guide} layers"
             yield Row("layers by VRAM", f"{size} on {card_gb} GB", said, ours, f"of {n_layers} layers", verdict, why)
@@ -145,7 +147,8 @@ def cards(cpu_bandwidth: float, reach: Reach) -> Iterator[Row]:
         plan = _last(dense, fitting_layers(dense, card.memory_bytes))
         split = evaluate(dataclasses.replace(problem, shape=dense, rates=ones), plan).total_s
         ours = solve(problem).tokens_per_s
-        why = f"dense layer split {1 / split:.1f} tokens/s"
+        roof = card.bandwidth / (dense.head_bytes + _layers_bytes(dense))
+        why = f"dense layer split {1 / split:.1f} tokens/s; a dense model wholly in such memory, {roof:.1f} at most"
         yield Row(table, card.name, said, ours, "tokens/s", _verdict(ours, low, high), why)
 
 
@@ -162,8 +165,8 @@ def _full_precision(table: str, card: Card, said: str, high: float) -> Row:
 
 def fitting_layers(shape: ModelShape, budget: int) -> int:
     """The most whole layers, from the last, that fit with the context."""
-    counts = range(len(shape.layers) + 1)
-    return max((n for n in counts if memory(shape, _last(shape, n), CONTEXT).gpu_bytes <= budget), default=0)
+    counts = range(1, len(shape.layers) + 1)
+    return bisect_right(counts, budget, key=lambda count: memory(shape, _last(shape, count), CONTEXT).gpu_bytes)
 
 
 def _last(shape: ModelShape, count: int) -> Plan:
@@ -183,10 +186,12 @@ def _problem(hardware: Hardware, reach: Reach) -> Problem:
     return Problem(shape, rates, hardware, CONTEXT, filled=0)
 
 
+@cache
 def _dense(size: str) -> ModelShape:
     return published_shape(MODELS[size], TYPE, down="file")
 
 
+@cache
 def _sparse(size: str) -> ModelShape:
     return published_shape(MODELS[size], TYPE, predictor_shape("low_rank", MODELS[size], rank=RANK))
 

@@ -108,7 +108,7 @@ def solve(problem: Problem) -> Solution:
         ways, proven, counts = by_highs(chain, room, found.high, best.seconds, exact=small)
         bound = max(bound, proven)
         if counts is None and ways is not None:
-            counts = filled(chain, ways, room, 0.0, FORBIDDEN * found.high)
+            counts = filled(chain, ways, room, _prices(found))
         if ways is not None and counts is not None and (other := _choice(chain, ways, counts)).seconds < best.seconds:
             best, method = other, "highs"
     plan = _plan(problem, chain, best)
@@ -170,7 +170,7 @@ def _best(chain: Chain, room: int, found: Bracket, best: Choice | None) -> Choic
         if not len(fits):
             continue
         low = max(fits[0] - 1, 0)
-        counts = filled(chain, choices[number], room, prices[low], prices[fits[0]])
+        counts = filled(chain, choices[number], room, prices[low : fits[0] + 1])
         if counts is not None:
             other = _choice(chain, choices[number], counts)
             best = other if best is None or other.seconds < best.seconds else best
