@@ -13,14 +13,17 @@ from hypothesis import strategies as st
 
 from pinfer.placement import Hardware, Plan
 from pinfer.placement.baselines import BASELINES, dense_layers, dense_problem
+from pinfer.placement.dual import Tables
+from pinfer.placement.exact import by_highs
 from pinfer.placement.explain import explain, parts
 from pinfer.placement.memory import Reserves, capacity
+from pinfer.placement.options import ON_GPU
 from pinfer.placement.plan import LayerPlan
 from pinfer.placement.problem import Problem, evaluate, hot_prefix
 from pinfer.placement.published import predictor_shape, published_shape
 from pinfer.placement.shape import LayerShape, ModelShape
 from pinfer.placement.skew import SKEWS, held_by, published_rates
-from pinfer.placement.solver import ROUNDING, TOLERANCE, solve
+from pinfer.placement.solver import ROUNDING, TOLERANCE, chain_of, solve
 from tests.placement_problems import best_seconds, problems, random_plan
 
 FEW = settings(max_examples=50, deadline=None)
@@ -47,6 +50,51 @@ def test_larger_ones_are_as_good_as_their_gap_says(problem: Problem) -> None:
         found = solve(problem)
     least = best_seconds(problem, room_of(problem))
     assert least * (1 - 1e-9) <= found.token_s <= least / (1 - found.gap) * (1 + 1e-9)
+
+
+@FEW
+@given(problems(3, 4), st.floats(0, 1e-3))
+def test_at_a_price_for_memory_the_shortest_path_is_the_best_of_all(problem: Problem, price: float) -> None:
+    chain = chain_of(problem)
+    prices = np.array([price])
+    tables = Tables.at(chain.layers, prices)
+    costs = tables.seconds + prices * tables.bytes
+    least, ways = chain.shortest(costs)
+    path = chain.path(prices)
+    assert least[0] == pytest.approx(path.seconds[0] + price * path.bytes[0], rel=1e-12)
+    every = itertools.product(*(np.flatnonzero(np.isfinite(one[:, 0])) for one in costs))
+    rows = np.array(list(every))
+    sums = costs[np.arange(len(costs)), rows, 0].sum(axis=1) + chain.crossings_s(ON_GPU[rows])
+    assert least[0] == pytest.approx(sums.min(), rel=1e-12)
+    assert np.array_equal(ways, path.ways)
+
+
+@FEW
+@given(problems(2, 12))
+def test_curves_fall_convexly_to_their_balance(problem: Problem) -> None:
+    for layer in chain_of(problem).layers:
+        for curve in filter(None, layer.curves):
+            scale = 1e-9 * curve.seconds.max(initial=0.0)
+            assert np.allclose(np.diff(curve.seconds), curve.slopes, rtol=1e-9, atol=scale)
+            assert (np.diff(curve.slopes) >= -scale).all()
+            assert (curve.seconds >= curve.floor_s - scale).all()
+
+
+@FEW
+@given(problems(2, 5))
+def test_highs_is_exact_and_its_relaxation_a_bound(problem: Problem) -> None:
+    chain, room = chain_of(problem), room_of(problem)
+    least = best_seconds(problem, room)
+    if least < 1e-6:
+        return  # nothing to scale by
+    ways, _, counts = by_highs(chain, room, 1e-5, least, exact=True)
+    assert ways is not None
+    assert counts is not None
+    curves = [chain.curve(number, int(way)) for number, way in enumerate(ways)]
+    seconds = sum(float(curve.time(count)) for curve, count in zip(curves, counts, strict=True))
+    assert seconds + float(chain.crossings_s(ON_GPU[ways])) == pytest.approx(least, rel=1e-6)
+    _, bound, _ = by_highs(chain, room, 1e-5, least, exact=False)
+    assert bound <= best_seconds(problem, room, subsets=True) * (1 + 1e-6)
 
 
 @FEW

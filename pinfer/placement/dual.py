@@ -98,12 +98,38 @@ class Chain:
 
     def bound(self, prices: np.ndarray, capacity: int) -> float:
         """Seconds that no placement of any choice of neurons is below; the best that these prices prove."""
+        return float((self.shortest(self._floors(prices))[0] - prices * capacity).max())
+
+    def counted_bound(self, prices: np.ndarray, capacity: int, counted: np.ndarray) -> float:
+        """The same, branching on how many layers are placed in a way of `counted`, bool [ways].
+
+        Layers that are alike go over at one price, and the relaxation lets a fraction of one do so; with the number
+        given each has a price of its own. The shortest paths of all numbers are found at once, the number being a
+        second state.
+        """
+        floors = self._floors(prices)
+        counts, n_prices = len(floors) + 1, len(prices)
+        stay = np.full((2, counts, n_prices), np.inf)  # by where the residual is and the number so far
+        stay[0, 0] = 0.0
+        sides = [
+            [floors[:, side & of].min(axis=1, initial=np.inf) for of in (~counted, counted)]
+            for side in (~ON_GPU, ON_GPU)
+        ]
+        for number in range(len(floors)):
+            moved = np.minimum(stay, stay[::-1] + np.array([self.to_cpu_s, self.to_gpu_s])[:, None, None])
+            for side, (others, ones) in enumerate(sides):
+                stay[side] = moved[side] + others[number]
+                stay[side, 1:] = np.minimum(stay[side, 1:], moved[side, :-1] + ones[number])
+        return float((stay.min(axis=0) - prices * capacity).max(axis=1).min())
+
+    def _floors(self, prices: np.ndarray) -> np.ndarray:
+        """`Curve.floor` of every way, float64 [layers, ways, K]; infinite where there is none."""
         floors = np.full((len(self.layers), len(WAYS), len(prices)), np.inf)
         for number, layer in enumerate(self.layers):
             for way, curve in enumerate(layer.curves):
                 if curve is not None:
                     floors[number, way] = curve.floor(prices)
-        return float((self.shortest(floors)[0] - prices * capacity).max())
+        return floors
 
     def curve(self, number: int, way: int) -> Curve:
         found = self.layers[number].curves[way]

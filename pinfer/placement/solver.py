@@ -27,11 +27,12 @@ import torch
 from pinfer.placement.dual import Bracket, Chain, Tables, bracket, filled
 from pinfer.placement.exact import by_highs
 from pinfer.placement.memory import Memory, capacity
-from pinfer.placement.options import ON_GPU, head_ways, layer_ways
+from pinfer.placement.options import ON_GPU, WAYS, WHOLE, head_ways, layer_ways
 from pinfer.placement.plan import LayerPlan, Plan
 from pinfer.placement.problem import Problem, TokenTime, crossing_s, evaluate
 
 TOLERANCE = 1e-3
+FINE_GAP = 1e-5  # above it the bound is worth a second look
 SMALL = 600  # points (a layer, a way, a number of hot neurons) that HiGHS takes exactly
 ROUNDING = 1e-5  # of the time: what a choice must promise to be looked at
 NEIGHBOURHOOD, PRICES, FORBIDDEN = 16.0, 129, 1e12  # prices around the bracket's that a choice of ways is bounded at
@@ -102,13 +103,17 @@ def solve(problem: Problem) -> Solution:
     if found is None:
         raise ValueError(refusal(problem))
     best = _search(chain, room, found, byte_s)
-    bound, method = chain.bound(_prices(found), room), "dual"
+    prices, method = _prices(found), "dual"
+    bound = chain.bound(prices, room)
+    if best.seconds - bound > FINE_GAP * best.seconds:
+        wholes = np.arange(len(WAYS)) == WHOLE
+        bound = max(bound, *(chain.counted_bound(prices, room, counted) for counted in (wholes, ON_GPU)))
     small = sum(curve.most - curve.least + 1 for layer in chain.layers for curve in layer.curves if curve) <= SMALL
     if best.seconds - bound > (1e-12 if small else TOLERANCE) * best.seconds:
         ways, proven, counts = by_highs(chain, room, found.high, best.seconds, exact=small)
         bound = max(bound, proven)
         if counts is None and ways is not None:
-            counts = filled(chain, ways, room, _prices(found))
+            counts = filled(chain, ways, room, prices)
         if ways is not None and counts is not None and (other := _choice(chain, ways, counts)).seconds < best.seconds:
             best, method = other, "highs"
     plan = _plan(problem, chain, best)
