@@ -156,7 +156,8 @@ def load_engine(run: RunConfig, progress: Callable[[str], None] = lambda _: None
 def _made(engine: Engine, prepared: Prepared, solved: Solved | None, find: Find) -> Engine:
     """The engine with its model sparse, and placed where `find` says. MemoryRanOut as said there."""
     run, model = engine.run, engine.model
-    device = device_for(run.device, None if run.gpu_memory_gb is None else int(GB * run.gpu_memory_gb))
+    wanted = "cpu" if run.device == "auto" and run.backend == "cpu" else run.device
+    device = device_for(wanted, None if run.gpu_memory_gb is None else int(GB * run.gpu_memory_gb))
     predictors = _predictors(engine, prepared, solved)
     if device is None:
         plan = Plan.uniform(engine.config.n_layers, engine.config.d_ffn, run.cold_fraction)

@@ -80,6 +80,8 @@ class DecodeStep:
         try:
             if any(module._forward_hooks or module._forward_pre_hooks for module in self._model.modules()):
                 raise NotRecordable("the model has forward hooks, which a program would not call")
+            if any(getattr(module, "crosses", False) for module in self._model.modules()):
+                raise NotRecordable("an FFN computes on another device than its layer's attention")
             if not all(lane.recordable for lane in self._lanes()):
                 raise NotRecordable("cold neurons are computed by a lane that is not repeated as a whole")
             if self._device.type == "cuda":
