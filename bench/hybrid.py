@@ -1,13 +1,13 @@
 """How well cold neurons on the CPU hide behind hot ones on the device: overlap efficiency, without a GPU.
 
     python -m bench.hybrid --model M [--cold 0.5] [--threads 1+1] [--gpu-bandwidth GB/s] [--overhead US]
-                           [--latency US] [--one-predictor] [--rounds 60] [--json FILE]
+                           [--latency US] [--one-predictor] [--rounds 30] [--json FILE]
 
 The device is emulated by threads of this machine (see pinfer.overlap.emulated), the left number of --threads, beside a
 worker of as many as the right one says. All is recorded, as decode runs it. Efficiency is the time of the longer part,
 measured alone, over the time of both together: for each layer's FFN, and for the decode step with what is outside of
-the FFNs on both sides. Every round times everything in turn, on inputs of its own; figures are medians over the half
-of the rounds in which other programs had the processors least.
+the FFNs on both sides. Every round times everything in turn, on inputs of its own; figures are medians over rounds
+in which other programs kept less than --quiet cores busy: it waits for such moments, at most --patience seconds.
 """
 
 from __future__ import annotations
@@ -149,14 +149,30 @@ def _split(ffn: SparseFFN, wanted: argparse.Namespace) -> HybridFFN:
     return HybridFFN.of(ffn, hot, [cold], one_predictor=wanted.one_predictor)
 
 
+def quiet_rounds(bench: Bench, wanted: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rounds that others left alone; RuntimeError if there is none in the time given."""
+    rounds: list[dict[str, Any]] = []
+    began = time.monotonic()
+    while len(rounds) < wanted.rounds and time.monotonic() - began < wanted.patience:
+        before = OtherLoad([])
+        time.sleep(0.1)
+        if (before.cores() or 0.0) < wanted.quiet:
+            one = bench.round(len(rounds))
+            rounds += [one] if one["others"] < wanted.quiet else []
+    if not rounds:
+        raise RuntimeError(
+            f"no round in {wanted.patience:g} s in which others kept less than {wanted.quiet:g} cores busy"
+        )
+    return rounds
+
+
 def figures(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    quiet = sorted(rounds, key=lambda one: one["others"])[: max(1, len(rounds) // 2)]
-    names = list(quiet[0]["steps"])
-    n_layers = len(quiet[0]["layers"]["hot"])
+    names = list(rounds[0]["steps"])
+    n_layers = len(rounds[0]["layers"]["hot"])
     layers = {
-        name: [statistics.median(one["layers"][name][i] for one in quiet) for i in range(n_layers)] for name in names
+        name: [statistics.median(one["layers"][name][i] for one in rounds) for i in range(n_layers)] for name in names
     }
-    steps = {name: statistics.median(one["steps"][name] for one in quiet) for name in names}
+    steps = {name: statistics.median(one["steps"][name] for one in rounds) for name in names}
     longer = [max(pair) for pair in zip(layers["hot"], layers["cold"], strict=True)]
     ideal = steps["hot"] + sum(longer) - sum(layers["hot"])
     return {
@@ -169,8 +185,8 @@ def figures(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         "step_efficiency": ideal / steps["together"],
         "tokens_per_s": 1 / steps["together"],
         "in_turn_tokens_per_s": 1 / steps["in_turn"],
-        "other_cores": statistics.median(one["others"] for one in quiet),
-        "rounds": len(quiet),
+        "other_cores": statistics.median(one["others"] for one in rounds),
+        "rounds": len(rounds),
     }
 
 
@@ -185,12 +201,14 @@ def main() -> None:
     parser.add_argument("--overhead", type=float, default=0.0, help="least time of the hot part, in µs")
     parser.add_argument("--latency", type=float, default=0.0, help="of the copies there and back together, in µs")
     parser.add_argument("--one-predictor", action="store_true", help="the device predicts for both")
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--quiet", type=float, default=0.1, help="cores that others may keep busy in a round")
+    parser.add_argument("--patience", type=float, default=300.0, help="seconds to wait for quiet rounds")
     parser.add_argument("--json", type=Path, help="add the figures to this file, a line a run")
     wanted = parser.parse_args()
     engine = load_engine(RunConfig(model=wanted.model, method=wanted.method, threads=int(wanted.threads.split("+")[0])))
     bench = Bench(engine, wanted)
-    result = figures([bench.round(number) for number in range(wanted.rounds)])
+    result = figures(quiet_rounds(bench, wanted))
     cells = ", ".join(f"{share:.2f}" for share in result["layer_efficiency"])
     print(
         f"cold takes {result['balance']:.2f} of the time of hot; other programs keep {result['other_cores']:.2f} cores busy"

@@ -190,6 +190,8 @@ class RunConfig:
             _in_range("gpu_layers", self.gpu_layers, -1, 2**31 - 1, whole=True)
         if self.gpu_memory_gb is not None:
             _in_range("gpu_memory_gb", self.gpu_memory_gb, 0, 1e6)
+        if self.device == "cuda" and self.backend == "cpu":
+            raise ValueError("backend cpu computes on the CPU alone, and device is cuda: leave one of them out")
         if self.cold_fraction and self.device != "cpu":
             raise ValueError(
                 f"cold_fraction {self.cold_fraction:g} has no meaning with device {self.device}: use a plan"

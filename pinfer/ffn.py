@@ -9,8 +9,9 @@ skips inputs and hidden values instead. `opens` says that x's first row is the f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
+from itertools import pairwise
 from typing import TypeVar, cast
 
 import torch
@@ -23,6 +24,8 @@ from pinfer.overlap import Cold, Lane, Traffic
 from pinfer.predictors import InputThreshold, Prediction, Predictor, split_prediction
 from pinfer.predictors.input_threshold import KEEP_ALL
 from pinfer.quant import QuantTensor
+
+STREAMED_NEURONS = 2048  # of a cold shard brought to the device at a time
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,20 @@ class FFNWeights:
     @property
     def n_neurons(self) -> int:
         return self.gate.rows
+
+    @property
+    def matrices(self) -> list[QuantTensor]:
+        """gate, up where there is one, and down."""
+        return [one for one in (self.gate, self.up, self.down) if one is not None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(one.nbytes for one in self.matrices)
+
+    def of_blocks(self, blocks: Sequence[torch.Tensor]) -> FFNWeights:
+        """The same matrices, or some of their rows, over other memory: one tensor for each of `matrices`."""
+        gate, *up, down = (replace(one, blocks=held) for one, held in zip(self.matrices, blocks, strict=True))
+        return FFNWeights(gate, up[0] if up else None, down, self.down_error)
 
     def shard(self, neurons: torch.Tensor) -> FFNWeights:
         """Some of the neurons (int64 [H]), numbered in that order; copies their rows."""
@@ -117,15 +134,32 @@ class SparseFFN(nn.Module):
 
     def compute(self, x: torch.Tensor, prediction: Prediction) -> torch.Tensor:
         """The neurons of a prediction, whoever made it, without compensation: x float32 [T, D] to y [T, D]."""
+        self._count(x, prediction)
+        return self._sum(x, prediction, self.weights)
+
+    def streamed(self, x: torch.Tensor, prediction: Prediction, lane: Lane) -> torch.Tensor:
+        """`compute` on x's device, to which a lane brings these weights from the CPU by pieces."""
+        self._count(x, prediction.to(self.activity.totals.device))
+        bounds = [*range(0, self.weights.n_neurons, STREAMED_NEURONS), self.weights.n_neurons]
+        pieces = lane.brought(
+            tuple(one.blocks[first:end] for one in self.weights.matrices) for first, end in pairwise(bounds)
+        )
+        parts = split_prediction(prediction.to(x.device), tuple(end - first for first, end in pairwise(bounds)))
+        ys = (self._sum(x, part, self.weights.of_blocks(blocks)) for part, blocks in zip(parts, pieces, strict=True))
+        return reduce(add, ys, torch.zeros_like(x))
+
+    def _count(self, x: torch.Tensor, prediction: Prediction) -> None:
         tally(prediction.active, self.activity.totals, tokens=x.shape[0], mask=prediction.mask)
         if self.observe is not None:
             self.observe(x, prediction)
+
+    def _sum(self, x: torch.Tensor, prediction: Prediction, weights: FFNWeights) -> torch.Tensor:
         with expect_density(self.predictor.expected_density):
             return sparse_ffn(
                 x,
-                self.weights.gate,
-                self.weights.up,
-                self.weights.down,
+                weights.gate,
+                weights.up,
+                weights.down,
                 prediction.active,
                 activation=self.activation,
                 mask=prediction.mask,
@@ -138,8 +172,7 @@ class SparseFFN(nn.Module):
         """The bytes that a token reads of weights, for lanes that time themselves by them."""
         weights = self.weights
         gate = weights.gate.nbytes if self.predictor.reads_gate else 0
-        total = sum(one.nbytes for one in (weights.gate, weights.up, weights.down) if one is not None)
-        rows = (total - gate) // max(1, weights.n_neurons)
+        rows = (weights.nbytes - gate) // max(1, weights.n_neurons)
         return Traffic(self.predictor.own_bytes + gate, rows, self.activity.totals)
 
     def everything(self) -> Prediction:
@@ -152,10 +185,20 @@ class SparseFFN(nn.Module):
         """The same for some of the neurons (int64 [H]); of all shards, one is to be compensated."""
         predictor = self.predictor.shard(neurons)
         predictor.compensation = self.predictor.compensation if compensated else None
-        weights = self.weights.shard(neurons)
-        if isinstance(getattr(predictor, "gate", None), QuantTensor):
-            vars(predictor)["gate"] = weights.gate  # the rows are there once
-        return SparseFFN(weights, predictor, self.activation)
+        part = SparseFFN(self.weights.shard(neurons), predictor, self.activation)
+        part._share_gate()
+        return part
+
+    def move(self, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Hold the weights in other memory: what `place` makes of each matrix's blocks."""
+        self.weights = self.weights.of_blocks([place(one.blocks) for one in self.weights.matrices])
+        self._share_gate()
+
+    def _share_gate(self) -> None:
+        """Have a predictor that reads the gate read this one's, and hold no second."""
+        mine, its = self.weights.gate, self.predictor.gate if self.predictor.reads_gate else None
+        if its is not None and (its.shape, its.device) == (mine.shape, mine.device):
+            self.predictor.gate = mine
 
 
 def _with_compensation(y: torch.Tensor, x: torch.Tensor, predictor: Predictor) -> torch.Tensor:
@@ -180,6 +223,9 @@ class HybridFFN(nn.Module):
         super().__init__()
         self.hot, self.cold = hot, nn.ModuleList([cold] if isinstance(cold, SparseFFN) else cold)
         self.lane, self.predictor = lane, predictor
+        if lane is not None:
+            for number, shard in enumerate(self._cold):
+                shard.move(partial(lane.place, number))
 
     @classmethod
     def of(
@@ -193,8 +239,11 @@ class HybridFFN(nn.Module):
     ) -> HybridFFN:
         """The shards of an FFN, each by its neurons' numbers int64 [H]; together they are to be all of them.
 
+        A single cold part is dealt by turns to as many shards as the lane computes beside each other.
         one_predictor: whether the hot shard's device predicts for all.
         """
+        if len(cold) == 1 and lane is not None:
+            cold = [cold[0][turn :: lane.n_cold] for turn in range(lane.n_cold)]
         if not one_predictor:
             shards = [whole.shard(part, compensated=i == 0) for i, part in enumerate((hot, *cold))]
             return cls(shards[0], shards[1:], lane)
@@ -205,7 +254,13 @@ class HybridFFN(nn.Module):
         return cls(shards[0], shards[1:], lane, predictor)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor, opens: bool = False) -> torch.Tensor:
+        whole_first = opens and (self.predictor or self.hot.predictor).opens_dense
+        if whole_first and x.shape[0] > 1:
+            return torch.cat([self(x[:1], residual[:1], opens), self(x[1:], residual[1:])])
+        streams = self._streams(x.shape[0])
         if self.predictor is None:
+            if streams:
+                return self._streamed(x, self.hot(x, residual), [_predicted_on_cpu(s, x, residual) for s in self._cold])
             return self._together(
                 partial(self.hot, x, residual, opens),
                 [
@@ -213,16 +268,25 @@ class HybridFFN(nn.Module):
                     for shard in self._cold
                 ],
             )
-        if not (opens and self.predictor.opens_dense):
-            return self._predicted(x, residual)
-        first = self._named(x[:1], [shard.everything() for shard in (self.hot, *self._cold)])
-        return torch.cat([first, self._predicted(x[1:], residual[1:])]) if x.shape[0] > 1 else first
-
-    def _predicted(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        assert self.predictor is not None
+        if whole_first:
+            return self._named(x, [shard.everything() for shard in (self.hot, *self._cold)])
         sizes = tuple(shard.weights.n_neurons for shard in (self.hot, *self._cold))
-        y = self._named(x, split_prediction(self.predictor(x, residual), sizes))
+        named = split_prediction(self.predictor(x, residual), sizes)
+        y = self._streamed(x, self.hot.compute(x, named[0]), named[1:]) if streams else self._named(x, named)
         return _with_compensation(y, x, self.predictor)
+
+    def _streams(self, tokens: int) -> bool:
+        """Whether this batch's cold neurons are computed on the device."""
+        if self.lane is None or self.lane.prefill is None:
+            return False
+        matrices = [one for shard in self._cold for one in shard.weights.matrices]
+        weights = sum(one.rows * one.columns for one in matrices)
+        return self.lane.prefill.streams(tokens, weights, sum(one.nbytes for one in matrices))
+
+    def _streamed(self, x: torch.Tensor, hot_y: torch.Tensor, named: Sequence[Prediction]) -> torch.Tensor:
+        assert self.lane is not None
+        lane = self.lane
+        return reduce(add, (shard.streamed(x, one, lane) for shard, one in zip(self._cold, named, strict=True)), hot_y)
 
     def _named(self, x: torch.Tensor, named: Sequence[Prediction]) -> torch.Tensor:
         """The neurons that are named for each shard, hot first."""
@@ -245,6 +309,11 @@ class HybridFFN(nn.Module):
     @property
     def _cold(self) -> list[SparseFFN]:
         return cast(list[SparseFFN], list(self.cold))
+
+
+def _predicted_on_cpu(shard: SparseFFN, x: torch.Tensor, residual: torch.Tensor) -> Prediction:
+    device = shard.weights.gate.device
+    return shard.predictor(x.to(device), residual.to(device))
 
 
 def _predict_alone(

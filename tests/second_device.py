@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from pinfer.engine.devices import Device
 from pinfer.kernels.registry import Op
-from pinfer.overlap import Cold, Lane, Traffic
+from pinfer.overlap import Cold, Lane, Place, Traffic
 from pinfer.quant import QuantTensor
 
 ELSEWHERE, CPU = torch.device("meta"), torch.device("cpu")
@@ -138,7 +138,7 @@ class SecondDevice(Device):
     def put_weight(self, weight: QuantTensor) -> QuantTensor:
         return weight if self.forgets(weight) else super().put_weight(weight)
 
-    def lane(self, threads: int) -> Lane:
+    def lane(self, places: int | Sequence[Place]) -> Lane:
         return Copying()
 
 

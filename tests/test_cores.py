@@ -12,8 +12,19 @@ import torch
 
 from pinfer.config import RunConfig
 from pinfer.engine import cores, load_engine
-from pinfer.engine.cores import DEFAULT, INTERLEAVED, PREFERRED, Core, Placement, Topology, plan, read_topology
+from pinfer.engine.cores import (
+    DEFAULT,
+    INTERLEAVED,
+    PREFERRED,
+    Core,
+    Placement,
+    Topology,
+    cold_places,
+    plan,
+    read_topology,
+)
 from pinfer.kernels.cpp import core_problem
+from pinfer.overlap import Place
 
 SYSTEM = "sys/devices/system"
 
@@ -159,6 +170,18 @@ def test_isolate_runs_no_more_threads_than_the_node_has_cores() -> None:
 def test_one_node_pins_and_leaves_memory_alone(policy: cores.Numa) -> None:
     topology = Topology((Core((0, 2), 0), Core((1, 3), 0)))
     assert plan(policy, 2, topology, None) == Placement(2, (0, 1), DEFAULT, ())
+
+
+def test_cold_shards_have_a_node_each_and_leave_a_core_to_the_device() -> None:
+    assert cold_places(3, Topology(TWO_NODES)) == [Place(1, (1,), 0), Place(2, (2, 3), 1)]
+    assert cold_places(4, Topology(TWO_NODES), spare=0) == [Place(2, (0, 1), 0), Place(2, (2, 3), 1)]
+    assert cold_places(1, Topology((Core((0, 2), 0), Core((1, 3), 0)))) == [Place(1, (1,), None)]
+
+
+@pytest.mark.parametrize(("threads", "problem"), [(1, "0 of 1 threads fall to node 0"), (4, "2 of 4 .* has 1 cores")])
+def test_cold_threads_that_have_no_cores_are_refused(threads: int, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        cold_places(threads, Topology(TWO_NODES))
 
 
 def test_the_processor_stands_behind_a_name_with_brackets(tmp_path: Path) -> None:

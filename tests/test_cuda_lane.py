@@ -170,6 +170,24 @@ def test_every_stage_computes_what_its_shards_do(
     lane.close()
 
 
+def test_weights_are_brought_piece_by_piece_and_one_ahead() -> None:
+    device = StandIn()
+    lane = Staged(device, [Place()], "eager", 20.0)
+    pieces = [(torch.full((3,), float(i)), torch.full((2, 2), -float(i))) for i in range(5)]
+    begun: list[int] = []
+
+    def given() -> Iterator[tuple[torch.Tensor, ...]]:
+        for i, piece in enumerate(pieces):
+            begun.append(i)
+            yield piece
+
+    for i, brought in enumerate(lane.brought(given())):
+        assert begun == list(range(min(i + 2, 5)))
+        assert all(torch.equal(one, other) for one, other in zip(brought, pieces[i], strict=True))
+    assert list(lane.brought([])) == []
+    lane.close()
+
+
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_a_damaged_list_is_an_error_and_not_a_crash(model_path: Path, stage: Stage) -> None:
     """The device's list is what the worker checks before it reads weights by it."""

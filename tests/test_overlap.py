@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import weakref
 from collections.abc import Iterator
@@ -18,10 +19,10 @@ from pinfer.engine import SHIPPED_MODEL, Engine, load_engine
 from pinfer.engine.step import DecodeStep
 from pinfer.ffn import HybridFFN, SparseFFN
 from pinfer.kernels import ops
-from pinfer.kernels.cpp import core_problem
+from pinfer.kernels.cpp import core_problem, load_core
 from pinfer.kernels.cpp.binding import StepFailed
 from pinfer.kernels.registry import Op, observe_ops
-from pinfer.overlap import Delays, Lane, Place, emulated
+from pinfer.overlap import Delays, Lane, Place, PrefillCosts, emulated
 from pinfer.predictors import Prediction, split_prediction
 from tests.gguf_files import write_tiny_llama
 
@@ -115,10 +116,10 @@ def test_same_tokens_as_one_device(
 @pytest.mark.parametrize("one_predictor", [False, True])
 @pytest.mark.parametrize("n_cold", [1, 2])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_lane_changes_no_bit(wide: Path, lane: Lane, n_cold: int, one_predictor: bool, threads: int) -> None:
+def test_a_lane_changes_no_bit(wide: Path, n_cold: int, one_predictor: bool, threads: int) -> None:
     """Of what the shards give one after the other; for one token and several, recorded or not."""
     logits = []
-    for one in (None, lane):
+    for one in (None, emulated([Place()] * n_cold)):
         engine = engine_for(wide, method="exact", precision="float32")
         split(engine, one, 60, one_predictor=one_predictor, n_cold=n_cold)
         torch.set_num_threads(threads)
@@ -159,10 +160,10 @@ def test_activity_is_that_of_one_device(wide: Path, lane: Lane, one_predictor: b
     assert counts[0][0][0] > 0
 
 
-def test_every_shard_observes_its_neurons(wide: Path, lane: Lane) -> None:
+def test_every_shard_observes_its_neurons(wide: Path) -> None:
     engine = engine_for(wide, method="exact", precision="float32")
     seen: list[torch.Tensor] = []
-    hybrid = split(engine, lane, 30, one_predictor=True)[0]
+    hybrid = split(engine, emulated(1), 30, one_predictor=True)[0]
     for shard in (hybrid.hot, cast(SparseFFN, hybrid.cold[0])):
         shard.observe = lambda x, prediction: seen.append(prediction.active.count.clone())
     with engine.computing():
@@ -186,13 +187,90 @@ def test_the_opening_token_is_whole_and_compensated_once(wide: Path, lane: Lane,
     torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("one_predictor", [False, True])
+@pytest.mark.parametrize(
+    "run", [{"method": "exact"}, {"method": "shift_threshold", "activation": "silu", "sparsity": 0.5}]
+)
+def test_a_prompt_whose_weights_are_brought_to_the_device_gives_the_same(
+    wide: Path, one_predictor: bool, run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pinfer.ffn.STREAMED_NEURONS", 100)  # several pieces a shard, the last one short
+    results = []
+    for costs in (None, PrefillCosts(cpu_bandwidth=1e9, to_gpu_bandwidth=2e9)):
+        lane = emulated([Place(), Place()], prefill=costs, delays=Delays(to_gpu_bandwidth=1e10))
+        engine = engine_for(wide, precision="float32", **run)
+        brought: list[int] = []
+        original = lane.brought
+
+        def counted(pieces: Any, into: list[int] = brought, original: Any = original) -> Any:
+            for piece in original(pieces):
+                into.append(piece[0].shape[0])
+                yield piece
+
+        monkeypatch.setattr(lane, "brought", counted)
+        split(engine, lane, 60, one_predictor=one_predictor, n_cold=2)
+        with engine.computing():
+            logits = engine.model(torch.tensor([3, 4, 5, 6, 7]), engine.model.new_cache())
+        counts = [(one.active, one.tokens) for one in sparsify.layer_densities(engine.model)]
+        results.append((logits, counts))
+        assert sorted(set(brought)) == ([] if costs is None else [59, 100]), "259 neurons a shard"
+        n_before = len(brought)
+        _, step = greedy(engine)
+        assert step.recorded
+        assert costs is None or len(brought) > n_before, "the prompt of the generation too, but no decoded token"
+        lane.close()
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-3, atol=1e-3)
+    assert results[0][1] == results[1][1]
+
+
+def test_a_batch_is_streamed_where_that_is_faster() -> None:
+    """A 70B layer's cold half in 4.5 bits: 176 M weights, 99 MB, at 25 GB/s over the bus, 1 TFLOP/s of the CPU."""
+    costs = PrefillCosts(cpu_bandwidth=60e9, to_gpu_bandwidth=25e9, cpu_flops=1e12, gpu_flops=100e12)
+    weights, nbytes = 176_000_000, 99_000_000
+    assert costs.cpu_s(1, weights, nbytes) == nbytes / 60e9
+    assert costs.cpu_s(64, weights, nbytes) == 2 * 64 * weights / 1e12
+    assert costs.streamed_s(64, weights, nbytes) == nbytes / 25e9
+    assert [costs.streams(tokens, weights, nbytes) for tokens in (1, 8, 16, 512)] == [False, False, True, True]
+    for field in ("cpu_bandwidth", "to_gpu_bandwidth", "cpu_flops", "gpu_flops"):
+        with pytest.raises(ValueError, match=f"{field} must be above 0, not 0"):
+            PrefillCosts(**{"cpu_bandwidth": 1.0, "to_gpu_bandwidth": 1.0, field: 0.0})
+
+
+def test_shards_of_nodes_lie_in_their_memory_and_change_nothing(wide: Path) -> None:
+    """Two nodes emulated by processors of one; each shard's rows are in pages that its own threads touched first."""
+    cpus = sorted(os.sched_getaffinity(0))
+    node = load_core().pinfer_node_of(torch.ones(1).data_ptr())
+    if node < 0:
+        pytest.skip("this system does not say which node memory is of")
+    places = [Place(1, (cpus[i % len(cpus)],), node) for i in range(2)]
+    lane = emulated(places)
+    engine = engine_for(wide, method="exact", precision="float32")
+    expected = greedy(engine)[0]
+    for hybrid in split(engine, lane, 60, n_cold=2):
+        for shard in cast(list[SparseFFN], list(hybrid.cold)):
+            for matrix in shard.weights.matrices:
+                assert load_core().pinfer_node_of(matrix.blocks.data_ptr()) == node
+                assert matrix.blocks.data_ptr() % 4096 == 0, "pages of its own"
+            assert shard.predictor.gate is shard.weights.gate
+    assert greedy(engine)[0] == expected
+    lane.close()
+
+
+def test_a_cold_part_is_dealt_to_the_workers_of_a_lane(wide: Path, lane: Lane) -> None:
+    engine = engine_for(wide, method="exact", precision="float32")
+    expected = greedy(engine)[0]
+    hybrid = split(engine, lane, 50)[0]
+    assert [cast(SparseFFN, shard).weights.n_neurons for shard in hybrid.cold] == [216, 216]
+    assert greedy(engine)[0] == expected
+
+
 class Stumbling(torch.nn.Module):
     """A shard that raises after some calls."""
 
     def __init__(self, shard: SparseFFN, problem: BaseException, after: int = 0) -> None:
         super().__init__()
         self.shard, self.problem, self.left = shard, problem, after
-        self.traffic, self.weights = shard.traffic, shard.weights
+        self.traffic, self.weights, self.predictor = shard.traffic, shard.weights, shard.predictor
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.left -= 1
@@ -248,7 +326,11 @@ def test_a_lane_that_is_closed_refuses(wide: Path) -> None:
 
 def test_more_cold_shards_than_workers_are_refused(wide: Path) -> None:
     engine = engine_for(wide, method="exact")
-    split(engine, emulated(1), 50, n_cold=2)
+    with pytest.raises(ValueError, match="2 cold shards need a worker each; this lane has 1"):
+        split(engine, emulated(1), 50, n_cold=2)
+    split(engine, None, 50, n_cold=2)
+    for block in engine.model.blocks:
+        block.ffn.lane = emulated(1)
     with pytest.raises(ValueError, match="2 cold shards need a worker each; this lane has 1"):
         greedy(engine)
 

@@ -12,12 +12,15 @@ import torch
 
 from pinfer.config import ModelConfig
 from pinfer.engine.fitting import FitSettings, fit_predictors
-from pinfer.engine.place import place_model, runnable
+from pinfer.engine.place import Elsewhere, place_model, runnable
+from pinfer.engine.prepared import Prepared
+from pinfer.engine.step import DecodeStep
 from pinfer.ffn import HybridFFN
 from pinfer.formats.gguf import GGUFFile
 from pinfer.formats.model_config import model_config
 from pinfer.kernels.registry import use_backend
 from pinfer.models import Transformer, build_model
+from pinfer.models.weights import held_bytes
 from pinfer.placement import LayerPlan, Plan
 from pinfer.quant import QuantTensor
 from pinfer.sparsify import exact_predictors, fit_input_thresholds, fitted_predictors, sparsify, sparsify_inputs
@@ -184,6 +187,48 @@ def test_a_plan_runs_as_its_layers_allow() -> None:
     assert [layer.predictor for layer in plan.layers] == ["split", "cpu", "gpu"]
     kept = runnable(dataclasses.replace(plan, layers=(LayerPlan("cpu", some, "gpu"),)))
     assert kept.layers[0].predictor == "gpu"
+
+
+def test_a_step_with_an_ffn_elsewhere_is_not_repeated(paths: dict[str, Path]) -> None:
+    with torch.inference_mode():
+        model = made(paths["llama"], "exact", None)
+        model.blocks[0].ffn = Elsewhere(model.ffns()[0], torch.device("cpu"))
+        step = DecodeStep(model, model.new_cache())
+        expected = run(made(paths["llama"], "exact", None))[:1]
+        torch.testing.assert_close(step(int(TOKENS[0])), expected, rtol=1e-4, atol=1e-4)
+    assert step.reason == "an FFN computes on another device than its layer's attention"
+
+
+@pytest.mark.parametrize("cold_fraction", [0.0, 0.5, 1.0])
+def test_only_split_layers_copy_rows_and_let_go_of_what_they_copied(
+    paths: dict[str, Path], cold_fraction: float
+) -> None:
+    released: list[int] = []
+    with torch.inference_mode():
+        model = built(paths["llama"])
+        config, gates = model.config, [ffn.gate.blocks.data_ptr() for ffn in model.ffns()]
+        plan = Plan.uniform(config.n_layers, config.d_ffn, cold_fraction)
+        sparsify(model, exact_predictors, plan, release=lambda weight: released.append(weight.blocks.data_ptr()))
+        rows = sum(held_bytes(ffn) for ffn in model.ffns())
+        whole = sum(held_bytes(ffn) for ffn in made(paths["llama"], "exact", None).ffns())
+    if cold_fraction in (0.0, 1.0):
+        assert not released
+        assert [ffn.weights.gate.blocks.data_ptr() for ffn in model.ffns()] == gates
+        assert rows == whole
+    else:
+        assert len(released) == 3 * config.n_layers
+        assert set(gates) <= set(released)
+        assert rows == whole + 4 * config.n_layers  # a second threshold
+
+
+def test_only_mapped_weights_are_let_go_of(paths: dict[str, Path]) -> None:
+    gguf = GGUFFile.open(paths["llama"])
+    prepared = Prepared(gguf, model_config(gguf))
+    mapped, own = gguf.tensor("token_embd.weight"), QuantTensor.from_dense(torch.randn(3000, 64))
+    before = [weight.blocks.clone() for weight in (mapped, own)]
+    for weight in (mapped, own):
+        prepared.release(weight)
+    assert all(torch.equal(weight.blocks, kept) for weight, kept in zip((mapped, own), before, strict=True))
 
 
 def test_placing_nothing_leaves_the_model_as_it_was(paths: dict[str, Path]) -> None:

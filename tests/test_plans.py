@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pinfer.cli.main import OK
+from pinfer.cli.main import run as cli
 from pinfer.config import RunConfig, SamplingConfig
 from pinfer.engine import SHIPPED_MODEL, Engine, Generation, load, load_engine
 from pinfer.engine.devices import Account, Device, Emulated
@@ -192,7 +194,7 @@ def test_memory_that_runs_out_is_stepped_down_from_once(
 
 
 def test_memory_that_runs_out_twice_is_a_clean_end(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    really = iter([60_000, 100])
+    really = iter([150_000, 100])
     monkeypatch.setattr(load, "device_for", lambda name, limit: Short(limit, next(really)))
     with pytest.raises(RuntimeError, match=r"out of GPU memory.*twice: give a smaller") as failure:
         load_engine(run_config(llama, gpu_layers=-1))
@@ -220,3 +222,28 @@ def test_an_account_counts_to_its_limit() -> None:
         account.take(41)
     account.take(40)
     assert (account.used, account.peak) == (100, 100)
+
+
+def test_an_evaluation_runs_a_placement(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("hello the world " * 20)
+    arguments = [
+        "eval",
+        "-m",
+        str(llama),
+        "-f",
+        str(text),
+        "--window",
+        "32",
+        "--windows",
+        "2",
+        "--method",
+        "exact",
+        "--json",
+    ]
+    found = []
+    for more in ([], ["--device", "emulated", "--plan", written(tmp_path, half())]):
+        assert cli([*arguments, *more]) == OK
+        found.append(json.loads(capsys.readouterr().out))
+    for name in ("perplexity", "dense_perplexity", "density", "recall"):
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-3)

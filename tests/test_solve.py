@@ -16,8 +16,9 @@ from pinfer.config import RunConfig
 from pinfer.engine import load_engine
 from pinfer.engine.fitting import CALIBRATE, STAGE
 from pinfer.engine.manifest import MANIFEST
-from pinfer.engine.solved import ACTIVATIONS, CALIBRATION, PREDICTOR, Solved
+from pinfer.engine.solved import ACTIVATIONS, CALIBRATION, PLAN, PREDICTOR, Solved
 from pinfer.formats.gguf import GGUFFile
+from pinfer.placement import Plan
 from pinfer.solve import calibration as calibration_stage
 from pinfer.sparsify import density
 from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
@@ -339,12 +340,47 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(
     assert not (tmp_path / "solved").exists()
 
 
+def test_neurons_are_placed_and_run_where_they_are(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, directory = str(write_tiny_llama(tmp_path / "m.gguf", n_layers=3)), str(tmp_path / "solved")
+    arguments = ["solve", "-m", model, "-o", directory, "--text", text, "--density", "0.6", "--json", *QUICK]
+    assert cli(arguments) == OK
+    assert "4 of 4, placement, is left out" in capsys.readouterr().err
+    assert not Solved.open(directory).has(PLAN)
+    device = ["--device", "emulated", "--gpu-memory-gb", "0.01", "--target-gpu-layers", "1"]
+    hardware = ["--gpu-bandwidth", "500", "--ram-bandwidth", "40"]
+    assert cli([*arguments, *device, *hardware]) == OK
+    found = last_json(capsys)["placement"]
+    assert 0 < found["gpu_bytes"] <= 0.01e9
+    before = content(directory)
+    assert cli([*arguments, *device, *hardware]) == OK  # nothing is left to do
+    assert content(directory) == before
+    plan = Plan.from_plain(Solved.open(directory).read_json(PLAN))
+    assert [layer.attention for layer in plan.layers][-1] == "gpu"
+    run = ["generate", "-m", model, "--predictor-path", directory, "-p", "hello", "-n", "8", "--temp", "0", "--json"]
+    assert cli(run) == OK
+    capsys.readouterr()
+    texts = []
+    for more in ([], ["--device", "emulated"], ["--device", "emulated", "--gpu-memory-gb", "0.01"]):
+        assert cli([*run, *more]) == OK
+        texts.append(last_json(capsys))
+    assert texts[0]["ids"] == texts[1]["ids"] == texts[2]["ids"]
+    assert texts[0]["placement"] is None
+    assert texts[1]["placement"]["source"] == f"plan of {directory}"
+    assert texts[1]["vram_bytes"] <= found["gpu_bytes"]
+    assert cli(["0.5" if one == "0.6" else one for one in arguments]) == OK  # a calibration made anew
+    assert not Solved.open(directory).has(PLAN)
+
+
 def test_the_guides_flags_are_taken(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(write_tiny_llama(tmp_path / "m.gguf"))
     directory = str(tmp_path / "predictors" / "m")
     arguments = ["--model", model, "--output", directory, "--target-gpu-layers", "20", "--gpu-memory-gb", "16"]
     assert cli(["solve", *arguments, "--text", text, *QUICK, "--density", "0.5"]) == OK
     err = capsys.readouterr().err
-    assert "--gpu-memory-gb 16 has no effect" in err
-    assert "--target-gpu-layers 20 has no effect" in err
+    assert "4 of 4, placement" in err
+    if not torch.cuda.is_available():
+        assert "speeds of an RTX 4090" in err
+    assert Solved.open(directory).has(PLAN)
     assert sorted(path.name for path in Path(directory).iterdir() if path.suffix != ".lock")[:2]

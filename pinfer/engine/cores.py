@@ -21,6 +21,7 @@ import torch
 
 from pinfer.config import Numa
 from pinfer.kernels.cpp import core_problem, load_core
+from pinfer.overlap import Place
 
 TORCH_THREADS = torch.get_num_threads()  # before anything sets it: OMP_NUM_THREADS, or torch's guess
 # As Linux numbers the policies of set_mempolicy.
@@ -72,6 +73,28 @@ def default_threads() -> int:
     """OMP_NUM_THREADS where it is set; else the physical cores within affinity and quota; torch's number off Linux."""
     topology = None if os.environ.get("OMP_NUM_THREADS") else read_topology()
     return TORCH_THREADS if topology is None else topology.threads
+
+
+def cold_places(threads: int, topology: Topology, spare: int = 1) -> list[Place]:
+    """Where `threads` threads compute cold neurons: a worker for each node, pinned to cores of it, its memory there.
+
+    The first `spare` cores are left to the thread that drives the device, and to what else runs. On a machine of one
+    node memory is left alone. ValueError for fewer threads than nodes, or more than there are cores for.
+    """
+    nodes = topology.nodes
+    cpus = {node: topology.cpus_of(node)[: sum(core.node == node for core in topology.cores)] for node in nodes}
+    cpus[nodes[0]] = cpus[nodes[0]][spare:]
+    shares = [(threads + i) // len(nodes) for i in range(len(nodes))]  # the odd ones to the last
+    for node, share in zip(nodes, shares, strict=True):
+        if not 1 <= share <= len(cpus[node]):
+            raise ValueError(
+                f"{share} of {threads} threads fall to node {node}, which has {len(cpus[node])} cores for them"
+            )
+    only = len(nodes) == 1
+    return [
+        Place(share, tuple(cpus[node][:share]), None if only else node)
+        for node, share in zip(nodes, shares, strict=True)
+    ]
 
 
 _in_force = Placement(0)  # the last one applied in this process

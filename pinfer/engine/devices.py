@@ -7,13 +7,14 @@ torch.OutOfMemoryError, as a full card does.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 
 from pinfer.config import DeviceName
 from pinfer.kernels.planes import repack
 from pinfer.models import Transformer
-from pinfer.overlap import Lane, cuda, emulated
+from pinfer.overlap import Lane, Place, cuda, emulated
 from pinfer.placement.memory import Reserves
 from pinfer.quant import QuantTensor, planes_row_bytes
 
@@ -72,8 +73,8 @@ class Device(ABC):
         model(tokens, model.new_cache(), last_only=True).cpu()
 
     @abstractmethod
-    def lane(self, threads: int) -> Lane | None:
-        """What runs cold shards on so many threads while the device computes."""
+    def lane(self, places: int | Sequence[Place]) -> Lane | None:
+        """What runs cold shards while the device computes: a worker for each place, or one of so many threads."""
 
 
 class Emulated(Device):
@@ -92,8 +93,8 @@ class Emulated(Device):
     def probe(self, model: Transformer) -> None:
         """Activations are the CPU's: there is nothing to find out."""
 
-    def lane(self, threads: int) -> Lane | None:
-        return emulated(threads)
+    def lane(self, places: int | Sequence[Place]) -> Lane | None:
+        return emulated(places)
 
 
 class Cuda(Device):
@@ -126,8 +127,8 @@ class Cuda(Device):
             blocks[rows] = repack(weight[rows].to(self.torch_device)).blocks
         return QuantTensor(blocks, weight.type, weight.columns, "planes")
 
-    def lane(self, threads: int) -> Lane | None:
-        return cuda(threads)
+    def lane(self, places: int | Sequence[Place]) -> Lane | None:
+        return cuda(places)
 
 
 def device_for(name: DeviceName, limit: int | None) -> Device | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from pinfer.config import Method, ModelConfig, RunConfig
-from pinfer.engine.cores import default_threads, place_threads
+from pinfer.engine.cores import cold_places, default_threads, place_threads, read_topology
 from pinfer.engine.devices import NO_CUDA, device_for
 from pinfer.engine.fitting import (
     STAGE,
@@ -39,7 +39,7 @@ from pinfer.kernels.cpp import core_problem
 from pinfer.kernels.planes import repack
 from pinfer.kernels.registry import backend_on, check_backend, use_backend, use_int8
 from pinfer.models import Transformer, build_model, replace_weights
-from pinfer.overlap import Lane
+from pinfer.overlap import Lane, Place
 from pinfer.placement import Plan
 from pinfer.predictors import InputThreshold, Predictor
 from pinfer.sparsify import (
@@ -156,7 +156,8 @@ def load_engine(run: RunConfig, progress: Callable[[str], None] = lambda _: None
 def _made(engine: Engine, prepared: Prepared, solved: Solved | None, find: Find) -> Engine:
     """The engine with its model sparse, and placed where `find` says. MemoryRanOut as said there."""
     run, model = engine.run, engine.model
-    device = device_for(run.device, None if run.gpu_memory_gb is None else int(GB * run.gpu_memory_gb))
+    wanted = "cpu" if run.device == "auto" and run.backend == "cpu" else run.device
+    device = device_for(wanted, None if run.gpu_memory_gb is None else int(GB * run.gpu_memory_gb))
     predictors = _predictors(engine, prepared, solved)
     if device is None:
         plan = Plan.uniform(engine.config.n_layers, engine.config.d_ffn, run.cold_fraction)
@@ -167,13 +168,21 @@ def _made(engine: Engine, prepared: Prepared, solved: Solved | None, find: Find)
     placer = Placer(run, engine.method, shape, model.context, device, solved, mean_density(predictors.densities))
     found = find(placer)
     try:
-        lane = device.lane(torch.get_num_threads()) if any(layer.is_split for layer in found.plan.layers) else None
+        lane = device.lane(_cold_places(run)) if any(layer.is_split for layer in found.plan.layers) else None
         _make_sparse(engine, prepared, predictors, found.plan, lane)
         place_model(model, found.plan, device, prepared.release)
         device.probe(model)
     except torch.OutOfMemoryError as problem:
         raise MemoryRanOut(problem, placer, found) from problem
     return dataclasses.replace(engine, placement=found)
+
+
+def _cold_places(run: RunConfig) -> int | list[Place]:
+    """Where cold neurons are computed: on a worker for each node under `distribute`, else on one of all threads."""
+    threads, topology = torch.get_num_threads(), read_topology()
+    if run.numa != "distribute" or topology is None or len(topology.nodes) == 1:
+        return threads
+    return cold_places(min(threads, len(topology.cores) - 1), topology)
 
 
 def _without_gpu(run: RunConfig) -> list[str]:

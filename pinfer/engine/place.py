@@ -21,6 +21,8 @@ from pinfer.quant import QuantTensor
 class Elsewhere(nn.Module):
     """An FFN that computes on another device than its block: x and the residual go there, y comes back."""
 
+    crosses = True  # so a decode step over it is not repeated as a whole
+
     def __init__(self, ffn: nn.Module, device: torch.device) -> None:
         super().__init__()
         self.ffn, self._device = ffn, device

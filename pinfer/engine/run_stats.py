@@ -94,8 +94,10 @@ class _Layer:
         self.shards = [module for module in ffn.modules() if isinstance(module, SparseFFN)]
         self.hybrid = next((module for module in ffn.modules() if isinstance(module, HybridFFN)), None)
         self.is_hot, self.masses = hot, masses
-        ids = [hot.nonzero().flatten(), (~hot).nonzero().flatten()]
-        self.ids = [one for one in ids if len(one)]
+        cold, count = (~hot).nonzero().flatten(), len(self.shards) - 1
+        # As HybridFFN.of numbers them: hot ones first, then cold ones, dealt by turns to as many shards as there are.
+        dealt = [cold[turn::count] for turn in range(count)]
+        self.ids = [hot.nonzero().flatten(), *dealt] if count else [torch.arange(hot.numel())]
         self.timed = _Timed(None if self.hybrid is None else self.hybrid.lane)
         n = hot.numel()
         self.samples = self.n_fired = self.n_caught = 0
@@ -152,7 +154,7 @@ class _Layer:
     def run(self, number: int, attention: str, width: int) -> LayerRun:
         actives = [shard.activity.active for shard in self.shards]
         tokens, n = self.shards[0].activity.tokens, self.is_hot.numel()
-        hot = sum(a for a, ids in zip(actives, self.ids, strict=True) if self.is_hot[ids[0]])
+        hot = sum(a for a, ids in zip(actives, self.ids, strict=True) if self.is_hot[ids[:1]].any())
         wall = self.timed.wall_s
         split = self.hybrid is not None
         return LayerRun(

@@ -31,8 +31,9 @@ class DecodeStep:
 
     def __init__(self, model: Transformer, cache: KVCache, *, record: bool = True) -> None:
         self._model, self._cache = model, cache
-        self._device = model.embedding.device
-        self._token = torch.zeros(1, dtype=torch.int64, device=self._device)
+        self._device = model.device
+        self._token = torch.zeros(1, dtype=torch.int64, device=model.embedding.device)
+        self._embedded = torch.empty(0)  # float32 [1, D], what a graph reads: the embedding may be on the CPU
         self._program: Program | Capture | None = None
         self._recorded_under: object = None
         self._proven = False
@@ -65,7 +66,7 @@ class DecodeStep:
         elif not self._proven:
             logits = self._prove(self._program)
         else:
-            self._program.run()
+            self._repeat(self._program)
             logits = self._logits
         cache.length = length + 1
         return logits
@@ -79,6 +80,8 @@ class DecodeStep:
         try:
             if any(module._forward_hooks or module._forward_pre_hooks for module in self._model.modules()):
                 raise NotRecordable("the model has forward hooks, which a program would not call")
+            if any(getattr(module, "crosses", False) for module in self._model.modules()):
+                raise NotRecordable("an FFN computes on another device than its layer's attention")
             if not all(lane.recordable for lane in self._lanes()):
                 raise NotRecordable("cold neurons are computed by a lane that is not repeated as a whole")
             if self._device.type == "cuda":
@@ -95,8 +98,9 @@ class DecodeStep:
     def _capture(self) -> torch.Tensor:
         """Run as usual, for Triton to compile what it has not, and capture the same without running it."""
         logits = self._plain()
+        self._embedded = self._model.embedded(self._token).to(self._device)
         with captured(self._device) as capture:
-            self._logits = self._plain()
+            self._logits = self._model.compute_embedded(self._embedded, self._cache)
         self._program, self._recorded_under = capture, _conditions()
         return logits
 
@@ -105,7 +109,7 @@ class DecodeStep:
         counted = _counts(self._model)
         problem = "the recorded step does not repeat what the model computes"
         try:
-            program.run()
+            self._repeat(program)
         except StepFailed as failure:
             if not self._step_down(str(failure)):
                 raise
@@ -118,6 +122,11 @@ class DecodeStep:
         elif not self._step_down(problem):
             self._program, self.reason = None, problem
         return logits
+
+    def _repeat(self, program: Program | Capture) -> None:
+        if isinstance(program, Capture):
+            self._embedded.copy_(self._model.embedded(self._token))
+        program.run()
 
     def _step_down(self, problem: str) -> bool:
         """Whether a lane can go on in another way, for which the step is recorded anew."""

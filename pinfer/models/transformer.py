@@ -11,7 +11,7 @@ from torch import nn
 from pinfer.config import ModelConfig
 from pinfer.ffn import DenseFFN
 from pinfer.kernels.ops import embed, quant_matmul
-from pinfer.models.layers import Attention, KVCache, RMSNorm, Rope
+from pinfer.models.layers import CPU, Attention, KVCache, RMSNorm, Rope
 from pinfer.models.weights import WeightSource
 
 
@@ -83,11 +83,27 @@ class Transformer(nn.Module):
         x = self._blocks(tokens, cache, opens)
         return self.logits(self._normed(x[-1:] if last_only else x))
 
+    def embedded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the first block reads of tokens int64 [T]: float32 [T, D], where the embedding is."""
+        return embed(tokens, self.embedding, scale=self.config.embedding_scale)
+
+    def compute_embedded(self, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """`compute` of tokens that are embedded already, float32 [T, D]."""
+        return self.logits(self._normed(self._through(x, cache, False)))
+
+    @property
+    def device(self) -> torch.device:
+        """Where all but the embedding is; the CPU where that is in more than one place."""
+        places = {block.device for block in self.layers} | {self.norm.weight.device, self.head.device}
+        return places.pop() if len(places) == 1 else CPU
+
     def _normed(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(_on(x, self.norm.weight.device))
 
     def _blocks(self, tokens: torch.Tensor, cache: KVCache, opens: bool) -> torch.Tensor:
-        x = embed(tokens, self.embedding, scale=self.config.embedding_scale)  # [T, D]
+        return self._through(self.embedded(tokens), cache, opens)
+
+    def _through(self, x: torch.Tensor, cache: KVCache, opens: bool) -> torch.Tensor:
         for block in self.layers:
             x = block(_on(x, block.device), cache, opens)
         return x

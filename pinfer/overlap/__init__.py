@@ -5,5 +5,18 @@ from pinfer.overlap.capture import Capture, captured
 from pinfer.overlap.cuda import Stage, cuda
 from pinfer.overlap.emulated import Delays, emulated
 from pinfer.overlap.lane import Cold, Lane, Traffic
+from pinfer.overlap.prefill import PrefillCosts
 
-__all__ = ["Capture", "Cold", "Delays", "Lane", "Place", "Stage", "Traffic", "captured", "cuda", "emulated"]
+__all__ = [
+    "Capture",
+    "Cold",
+    "Delays",
+    "Lane",
+    "Place",
+    "PrefillCosts",
+    "Stage",
+    "Traffic",
+    "captured",
+    "cuda",
+    "emulated",
+]

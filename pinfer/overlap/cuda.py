@@ -13,7 +13,7 @@ Nothing waits for a count on the host. While a step is not captured (a prompt, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
@@ -27,7 +27,8 @@ from pinfer.kernels.cpp.program import Program, noting
 from pinfer.kernels.cpp.worker import Job, Place, Worker
 from pinfer.overlap.capture import current
 from pinfer.overlap.device import CUDADevice, Device
-from pinfer.overlap.lane import Cold, Lane, Traffic
+from pinfer.overlap.lane import Cold, Lane, Tensors, Traffic, WorkerLane
+from pinfer.overlap.prefill import PrefillCosts
 from pinfer.overlap.stream import Stream
 
 Stage = Literal["eager", "graph", "flags"]
@@ -35,14 +36,21 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 WAIT_S = 10.0  # of a worker for a flag: longer than a step, no longer than `collect` waits for it
 
 
-class Staged(Lane):
+class Staged(WorkerLane):
     """See `cuda`; `device` stands for the GPU."""
 
-    def __init__(self, device: Device, places: Sequence[Place], stage: Stage, timeout_s: float) -> None:
+    def __init__(
+        self,
+        device: Device,
+        places: Sequence[Place],
+        stage: Stage,
+        timeout_s: float,
+        prefill: PrefillCosts | None = None,
+    ) -> None:
         if stage not in STAGES:
             raise ValueError(f"stage {stage!r} is none of {', '.join(STAGES)}")
-        self.device, self.stage, self.timeout_s = device, stage, timeout_s
-        self.workers = [Worker(place, timeout_s=timeout_s) for place in places]
+        super().__init__(places, timeout_s, prefill)
+        self.device, self.stage = device, stage
         self._streams = [Stream(timeout_s) for _ in places[1:]]
 
     @property
@@ -56,8 +64,7 @@ class Staged(Lane):
         return f"stage {self.stage} of the overlap instead of {before}"
 
     def run(self, hot: Callable[[], torch.Tensor], cold: Sequence[Cold], traffic: Traffic) -> list[torch.Tensor]:
-        if len(cold) > len(self.workers):
-            raise ValueError(f"{len(cold)} cold shards need a worker each; this lane has {len(self.workers)}")
+        self.check_served(len(cold))
         if not self.device.capturing():
             return self._eager(hot, cold)
         return self._in_graph(hot, cold) if self.stage == "graph" else self._by_flags(hot, cold)
@@ -108,15 +115,31 @@ class Staged(Lane):
         hot_y = hot()
         return [hot_y, *(turn.collect(*box) for box in boxes)]
 
+    def brought(self, pieces: Iterable[Tensors]) -> Iterator[Tensors]:
+        """Through pinned memory; a copy waits for the kernels of the piece before the last, whose memory it takes."""
+        ahead = iter(pieces)
+        coming = self._sent(next(ahead, None))
+        while coming is not None:
+            self.device.join()
+            here, coming = coming, self._sent(next(ahead, None))
+            yield here
+
+    def _sent(self, piece: Tensors | None) -> Tensors | None:
+        """Copies on their way to the device."""
+        if piece is None:
+            return None
+        pinned = [self.device.host(one).copy_(one) for one in piece]
+        targets = tuple(self.device.empty(one) for one in piece)
+        with self.device.aside():
+            for source, target in zip(pinned, targets, strict=True):
+                self.device.copy(source, target)
+        return targets
+
     def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy on the host, once the device gets there."""
         copy = self.device.host(tensor)
         self.device.copy(tensor, copy)
         return copy
-
-    def close(self) -> None:
-        for worker in self.workers:
-            worker.stop()
 
 
 class FlagTurn:
@@ -201,7 +224,8 @@ def cuda(
     stage: Stage = "graph",
     device: torch.device | str = "cuda",
     timeout_s: float = 60.0,
+    prefill: PrefillCosts | None = None,
 ) -> Lane:
-    """A lane beside a CUDA device. places, timeout_s: as for `emulated`. OSError without CUDA's driver."""
+    """A lane beside a CUDA device. places, timeout_s, prefill: as for `emulated`. OSError without CUDA's driver."""
     places = [Place(places)] if isinstance(places, int) else places
-    return Staged(CUDADevice(torch.device(device)), places, stage, timeout_s)
+    return Staged(CUDADevice(torch.device(device)), places, stage, timeout_s, prefill)

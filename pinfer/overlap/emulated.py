@@ -8,7 +8,7 @@ computes the cold part meanwhile: the analogue of eager kernels with events.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 
@@ -17,7 +17,8 @@ import torch
 from pinfer.kernels.cpp import binding
 from pinfer.kernels.cpp.program import Program, noting, recording
 from pinfer.kernels.cpp.worker import Job, Place, Worker
-from pinfer.overlap.lane import Cold, Lane, Traffic
+from pinfer.overlap.lane import Cold, Lane, Tensors, Traffic, WorkerLane
+from pinfer.overlap.prefill import PrefillCosts
 from pinfer.overlap.stream import Stream
 
 
@@ -27,7 +28,7 @@ class Delays:
 
     to_cpu_s, to_gpu_s: latency of a copy to the CPU and back. kernel_s: overhead of the hot part's kernels.
     bandwidth, cpu_bandwidth: at which the device and the CPU read their weights; None as fast as this machine does,
-    which is the most there is.
+    which is the most there is. to_gpu_bandwidth: of copies of weights, for a prompt; None: they take no time.
     """
 
     to_cpu_s: float = 0.0
@@ -35,6 +36,7 @@ class Delays:
     kernel_s: float = 0.0
     bandwidth: float | None = None
     cpu_bandwidth: float | None = None
+    to_gpu_bandwidth: float | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -43,17 +45,18 @@ class Delays:
                 raise ValueError(f"{field.name} must be above 0, not {value}")
 
 
-class Emulated(Lane):
+class Emulated(WorkerLane):
     """See `emulated`. `workers` serve the cold parts, one each."""
 
-    def __init__(self, places: Sequence[Place], delays: Delays, timeout_s: float) -> None:
-        self.delays, self.timeout_s = delays, timeout_s
-        self.workers = [Worker(place, timeout_s=timeout_s) for place in places]
+    def __init__(
+        self, places: Sequence[Place], delays: Delays, timeout_s: float, prefill: PrefillCosts | None = None
+    ) -> None:
+        super().__init__(places, timeout_s, prefill)
+        self.delays = delays
         self._streams = [Stream(timeout_s) for _ in places]  # of the device, and of every cold part but the first
 
     def run(self, hot: Callable[[], torch.Tensor], cold: Sequence[Cold], traffic: Traffic) -> list[torch.Tensor]:
-        if len(cold) > len(self.workers):
-            raise ValueError(f"{len(cold)} cold shards need a worker each; this lane has {len(self.workers)}")
+        self.check_served(len(cold))
         return self._eager(hot, cold, traffic) if recording() is None else self._recorded(hot, cold, traffic)
 
     def _eager(self, hot: Callable[[], torch.Tensor], cold: Sequence[Cold], traffic: Traffic) -> list[torch.Tensor]:
@@ -100,9 +103,11 @@ class Emulated(Lane):
         _pause(self.delays.to_gpu_s)
         return y
 
-    def close(self) -> None:
-        for worker in self.workers:
-            worker.stop()
+    def brought(self, pieces: Iterable[Tensors]) -> Iterator[Tensors]:
+        for piece in pieces:
+            if self.delays.to_gpu_bandwidth:
+                _pause(sum(one.nbytes for one in piece) / self.delays.to_gpu_bandwidth)
+            yield piece
 
 
 def _paced(work: Callable[[], torch.Tensor], seconds: float, traffic: Traffic, bandwidth: float | None) -> torch.Tensor:
@@ -135,10 +140,16 @@ class _Clock:
         binding.run(step(*self._fields), 1, self._mark, self._totals)
 
 
-def emulated(places: int | Sequence[Place] = 1, *, delays: Delays | None = None, timeout_s: float = 60.0) -> Lane:
+def emulated(
+    places: int | Sequence[Place] = 1,
+    *,
+    delays: Delays | None = None,
+    timeout_s: float = 60.0,
+    prefill: PrefillCosts | None = None,
+) -> Lane:
     """A lane whose device is the calling thread's team of torch's number of threads.
 
     places: a worker for each cold shard, or a number: one, of so many threads. timeout_s: the longest wait for a
-    part. CoreError without the C++ core.
+    part. prefill: see `Lane`. CoreError without the C++ core.
     """
-    return Emulated([Place(places)] if isinstance(places, int) else places, delays or Delays(), timeout_s)
+    return Emulated([Place(places)] if isinstance(places, int) else places, delays or Delays(), timeout_s, prefill)

@@ -34,6 +34,11 @@ class Prediction(NamedTuple):
     gate_values: torch.Tensor | None
     shift: torch.Tensor | None = None
 
+    def to(self, device: torch.device) -> Prediction:
+        """The same on a device."""
+        active = Active(self.active.indices.to(device), self.active.count.to(device))
+        return Prediction(active, *(None if one is None else one.to(device) for one in self[1:]))
+
 
 def split_prediction(whole: Prediction, sizes: tuple[int, ...]) -> list[Prediction]:
     """A prediction by parts, of the first sizes[0] neurons, the next sizes[1] and so on, each numbered from 0."""
@@ -74,10 +79,11 @@ class Predictor(nn.Module, ABC):
     compensation: QuantTensor [D, D] or None; what it makes of x stands for the neurons left out.
     opens_dense:  whether a sequence's first token is computed whole. Its activations are outliers
                   that later tokens attend to, and thresholds for the others fit it badly.
-    reads_gate:   whether a prediction reads every gate row of the FFN, and says what they gave.
+    reads_gate:   whether a prediction reads every row of the FFN's gate, which it has as `gate`, and says what they gave.
     """
 
     threshold: torch.Tensor
+    gate: QuantTensor
     quality: PredictorQuality | None = None
     density: float | None = None
     cuts: Cuts | None = None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import mmap
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from pinfer.kernels.cpp import binding
 from pinfer.kernels.cpp.build import load_core
@@ -57,6 +60,16 @@ class Worker:
         self.settled = core.pinfer_worker_settled(self.address) == place.threads
         weakref.finalize(self, core.pinfer_worker_free, self.address).atexit = False  # others may be used even later
         _workers.add(self)
+
+    def copy_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor in fresh pages that these threads touch first, which so come from their node."""
+        tensor = tensor.contiguous()
+        if not tensor.numel():
+            return tensor
+        pages = torch.frombuffer(mmap.mmap(-1, tensor.nbytes), dtype=torch.uint8)  # memory given back may lie elsewhere
+        with self.computing():
+            binding.run(binding.Copy(tensor.data_ptr(), tensor.nbytes, pages.data_ptr()), 1, tensor, pages)
+        return pages.view(tensor.dtype).view(tensor.shape)
 
     def stop(self) -> None:
         """End the threads; jobs submitted later fail."""
