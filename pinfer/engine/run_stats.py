@@ -171,11 +171,12 @@ class _Layer:
         )
 
     def statistics(self) -> LayerStatistics:
-        """As far as placement reads them; other fields are 0, or 1 for `up_mean`."""
+        """As far as placement reads them, `fired` counting named neurons: what a plan pays for. Other fields are 0, or
+        1 for `up_mean`."""
         n, quantiles = self.is_hot.numel(), torch.zeros(QUANTILES)
         return LayerStatistics(
             tokens=torch.tensor([self.samples]),
-            fired=self.fired,
+            fired=self.named,
             mass=self.mass.sum(0),
             first_half_mass=self.mass[0].clone(),
             up_mean=torch.ones(2, n),
@@ -225,11 +226,12 @@ class RunStatistics:
         return [layer.run(number, place, self._width) for number, (layer, place) in enumerate(pairs)]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """`placement.statistics` of the sampled tokens, with "blk.3.named" int64 [N], how often each neuron was named.
+        """`placement.statistics` of the sampled tokens, with named neurons as those that fired, and beside them
+        "blk.3.truly_fired" int64 [N], on how many tokens each neuron did.
 
         ValueError where no token was sampled.
         """
         if not self._layers[0].samples:
             raise ValueError("no statistics: the second decode step is the first to be sampled, and there was none")
-        named = {f"blk.{number}.named": layer.named for number, layer in enumerate(self._layers)}
-        return to_tensors(tuple(layer.statistics() for layer in self._layers)) | named
+        truly = {f"blk.{number}.truly_fired": layer.fired for number, layer in enumerate(self._layers)}
+        return to_tensors(tuple(layer.statistics() for layer in self._layers)) | truly
