@@ -19,6 +19,7 @@ from pinfer.ffn import HybridFFN, SparseFFN
 from pinfer.kernels.activation import ZERO_BELOW_ZERO, activate, hidden_of
 from pinfer.kernels.norms import row_norms
 from pinfer.kernels.ops import quant_matmul
+from pinfer.models.layers import CPU
 from pinfer.overlap import Cold, Lane, Traffic
 from pinfer.placement.accumulate import FIRING_MASS, holding
 from pinfer.placement.statistics import QUANTILES, LayerStatistics, to_tensors
@@ -94,6 +95,7 @@ class _Layer:
         self.shards = [module for module in ffn.modules() if isinstance(module, SparseFFN)]
         self.hybrid = next((module for module in ffn.modules() if isinstance(module, HybridFFN)), None)
         self.is_hot, self.masses = hot, masses
+        self._waited_for = all(one.weights.gate.device == CPU for one in self.shards)  # kernels on a GPU are launched
         cold, count = (~hot).nonzero().flatten(), len(self.shards) - 1
         # As HybridFFN.of numbers them: hot ones first, then cold ones, dealt by turns to as many shards as there are.
         dealt = [cold[turn::count] for turn in range(count)]
@@ -164,7 +166,7 @@ class _Layer:
             hot_hits=hot / sum(actives) if sum(actives) else None,
             density=sum(actives) / (tokens * n) if tokens else 1.0,
             recall=self.n_caught / self.n_fired if self.n_fired else None,
-            gpu_busy=self.timed.gpu_s / wall if wall else None,
+            gpu_busy=self.timed.gpu_s / wall if wall and self._waited_for else None,
             cpu_busy=self.timed.cpu_s / wall if wall else None,
             transfer_bytes=2 * FLOAT_BYTES * width if split else 0,
             samples=self.samples,
