@@ -95,8 +95,11 @@ class DecodeStep:
     def _capture(self) -> torch.Tensor:
         """Run as usual, for Triton to compile what it has not, and capture the same without running it."""
         logits = self._plain()
-        with captured(self._device) as capture:
-            self._logits = self._plain()
+        try:
+            with captured(self._device) as capture:
+                self._logits = self._plain()
+        except RuntimeError as problem:  # such as layers that are on the CPU
+            raise NotRecordable(f"the step cannot be captured: {problem}") from problem
         self._program, self._recorded_under = capture, _conditions()
         return logits
 
