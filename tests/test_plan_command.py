@@ -233,7 +233,7 @@ def gathered(path: Path, layers: int, neurons: int) -> Path:
 
 def test_statistics_gathered_while_serving(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = gathered(tmp_path / "run.safetensors", 80, 28672)
-    found = planned(capsys, *QUICK, "--from-run", str(path))
+    found = planned(capsys, *QUICK, "--from-run", str(path), "--over-prediction", "1")
     assert found["density"] == pytest.approx(2867 / 28672)
     assert str(path) in found["rates"]
     assert all(layer["hot"] > 0.9 * 2867 for layer in found["layers"])
@@ -243,6 +243,15 @@ def test_statistics_gathered_while_serving(capsys: pytest.CaptureFixture[str], t
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     assert run([*QUICK, "--from-run", str(tmp_path / "other.safetensors")]) == BAD_INPUT
     assert "no activation statistics in it" in capsys.readouterr().err
+
+
+def test_what_generate_saves_is_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = str(tmp_path / "run.safetensors")
+    assert run(["generate", "-p", "Once", "-n", "4", "--temp", "0", "--save-stats", path]) == OK
+    capsys.readouterr()
+    found = planned(capsys, "plan", "--gpu", "rtx4090", "--ram-bandwidth", "20", "--no-compare", "--from-run", path)
+    assert found["rates"].startswith(f"gathered in {path}")
+    assert 0 < found["density"] < 0.2
 
 
 def test_a_plan_is_written_and_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -156,7 +156,6 @@ def _rates(
     """Rates, and where they come from: a run, a named skew, a solved directory, else the published skew of a shape."""
     n_layers, n_neurons = len(shape.layers), shape.layers[0].n_neurons
     if options.from_run is not None:
-        over = options.over_prediction or 1.0  # what ran was counted as it was named
         found = measured_rates(read_statistics(options.from_run), density=options.density, over_prediction=over)
         return found, f"gathered in {options.from_run}{_scaled(options, over)}"
     if options.skew is None and solved is not None and solved.has(ACTIVATIONS):
