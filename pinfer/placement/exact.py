@@ -69,6 +69,8 @@ def by_highs(
 ) -> tuple[np.ndarray | None, float, np.ndarray | None]:
     """Ways int64 [layers], a bound in seconds, and hot neurons where `exact`; None for what was not found in time.
 
+    The bound is one for every choice of neurons; where `exact`, for hottest-first placements alone.
+
     price: where tangents are densest. best_s: a placement's seconds, for scale.
     """
     model, scale = _Model(), SCALE / best_s
@@ -103,8 +105,7 @@ def by_highs(
         int(chain.curve(number, int(way)).bytes(np.int64(count)))
         for number, (way, count) in enumerate(zip(ways, counts, strict=True))
     )
-    # An exact optimum over hottest-first placements is no bound for other choices of neurons.
-    return (ways, -np.inf, np.array(counts)) if total <= capacity else (None, -np.inf, None)
+    return (ways, bound / scale, np.array(counts)) if total <= capacity else (None, bound / scale, None)
 
 
 def _curve(model: _Model, curve: Curve, z: int, price: float, scale: float, *, exact: bool) -> int | None:

@@ -111,7 +111,7 @@ def solve(problem: Problem) -> Solution:
     small = sum(curve.most - curve.least + 1 for layer in chain.layers for curve in layer.curves if curve) <= SMALL
     if best.seconds - bound > (1e-12 if small else TOLERANCE) * best.seconds:
         ways, proven, counts = by_highs(chain, room, found.high, best.seconds, exact=small)
-        bound = max(bound, proven)
+        bound = bound if small else max(bound, proven)
         if counts is None and ways is not None:
             counts = filled(chain, ways, room, prices)
         if ways is not None and counts is not None and (other := _choice(chain, ways, counts)).seconds < best.seconds:
