@@ -256,7 +256,8 @@ class HybridFFN(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor, opens: bool = False) -> torch.Tensor:
         whole_first = opens and (self.predictor or self.hot.predictor).opens_dense
         if whole_first and x.shape[0] > 1:
-            return torch.cat([self(x[:1], residual[:1], opens), self(x[1:], residual[1:])])
+            first = self.forward(x[:1], residual[:1], opens)  # hooks see one call
+            return torch.cat([first, self.forward(x[1:], residual[1:])])
         streams = self._streams(x.shape[0])
         if self.predictor is None:
             if streams:

@@ -261,6 +261,8 @@ def _converse(task: _Task, opening: str | None, color: bool) -> None:
 def _report(generation: Generation) -> None:
     if generation.finish_reason == "context":
         note("stopped: the context is full (--ctx-size)")
+    for remark in generation.stats.remarks:
+        note(remark)
     note(summary(generation.stats))
 
 

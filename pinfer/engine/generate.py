@@ -36,6 +36,7 @@ class GenerationStats:
     density: float
     peak_rss_bytes: int
     vram_bytes: int
+    remarks: tuple[str, ...]  # on what a lane did instead of what it was asked for
     unrecorded: str | None  # why decode steps were not repeated from a recording, which is slower
 
     @property
@@ -200,6 +201,7 @@ class Generation:
             density=sparsify.density(self._engine.model),
             peak_rss_bytes=peak_rss_bytes(),
             vram_bytes=self._engine.vram_bytes,
+            remarks=tuple(self._decode_step.remarks),
             unrecorded=self._decode_step.reason if self._steps else None,
         )
 

@@ -19,6 +19,7 @@ from pinfer.ffn import HybridFFN, SparseFFN
 from pinfer.kernels.activation import ZERO_BELOW_ZERO, activate, hidden_of
 from pinfer.kernels.norms import row_norms
 from pinfer.kernels.ops import quant_matmul
+from pinfer.models.layers import CPU
 from pinfer.overlap import Cold, Lane, Traffic
 from pinfer.placement.accumulate import FIRING_MASS, holding
 from pinfer.placement.statistics import QUANTILES, LayerStatistics, to_tensors
@@ -94,6 +95,7 @@ class _Layer:
         self.shards = [module for module in ffn.modules() if isinstance(module, SparseFFN)]
         self.hybrid = next((module for module in ffn.modules() if isinstance(module, HybridFFN)), None)
         self.is_hot, self.masses = hot, masses
+        self._waited_for = all(one.weights.gate.device == CPU for one in self.shards)  # kernels on a GPU are launched
         cold, count = (~hot).nonzero().flatten(), len(self.shards) - 1
         # As HybridFFN.of numbers them: hot ones first, then cold ones, dealt by turns to as many shards as there are.
         dealt = [cold[turn::count] for turn in range(count)]
@@ -164,18 +166,19 @@ class _Layer:
             hot_hits=hot / sum(actives) if sum(actives) else None,
             density=sum(actives) / (tokens * n) if tokens else 1.0,
             recall=self.n_caught / self.n_fired if self.n_fired else None,
-            gpu_busy=self.timed.gpu_s / wall if wall else None,
+            gpu_busy=self.timed.gpu_s / wall if wall and self._waited_for else None,
             cpu_busy=self.timed.cpu_s / wall if wall else None,
             transfer_bytes=2 * FLOAT_BYTES * width if split else 0,
             samples=self.samples,
         )
 
     def statistics(self) -> LayerStatistics:
-        """As far as placement reads them; other fields are 0, or 1 for `up_mean`."""
+        """As far as placement reads them, `fired` counting named neurons: what a plan pays for. Other fields are 0, or
+        1 for `up_mean`."""
         n, quantiles = self.is_hot.numel(), torch.zeros(QUANTILES)
         return LayerStatistics(
             tokens=torch.tensor([self.samples]),
-            fired=self.fired,
+            fired=self.named,
             mass=self.mass.sum(0),
             first_half_mass=self.mass[0].clone(),
             up_mean=torch.ones(2, n),
@@ -225,11 +228,12 @@ class RunStatistics:
         return [layer.run(number, place, self._width) for number, (layer, place) in enumerate(pairs)]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """`placement.statistics` of the sampled tokens, with "blk.3.named" int64 [N], how often each neuron was named.
+        """`placement.statistics` of the sampled tokens, with named neurons as those that fired, and beside them
+        "blk.3.truly_fired" int64 [N], on how many tokens each neuron did.
 
         ValueError where no token was sampled.
         """
         if not self._layers[0].samples:
             raise ValueError("no statistics: the second decode step is the first to be sampled, and there was none")
-        named = {f"blk.{number}.named": layer.named for number, layer in enumerate(self._layers)}
-        return to_tensors(tuple(layer.statistics() for layer in self._layers)) | named
+        truly = {f"blk.{number}.truly_fired": layer.fired for number, layer in enumerate(self._layers)}
+        return to_tensors(tuple(layer.statistics() for layer in self._layers)) | truly

@@ -99,8 +99,11 @@ class DecodeStep:
         """Run as usual, for Triton to compile what it has not, and capture the same without running it."""
         logits = self._plain()
         self._embedded = self._model.embedded(self._token).to(self._device)
-        with captured(self._device) as capture:
-            self._logits = self._model.compute_embedded(self._embedded, self._cache)
+        try:
+            with captured(self._device) as capture:
+                self._logits = self._model.compute_embedded(self._embedded, self._cache)
+        except RuntimeError as problem:  # such as layers that are on the CPU
+            raise NotRecordable(f"the step cannot be captured: {problem}") from problem
         self._program, self._recorded_under = capture, _conditions()
         return logits
 

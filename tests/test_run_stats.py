@@ -1,0 +1,110 @@
+"""What a run tells of its placement: right counts, whatever the shards are, and the same text with it as without."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pinfer.config import RunConfig, SamplingConfig
+from pinfer.engine import Engine, Generation, load, load_engine, run_stats
+from pinfer.engine.run_stats import RunStatistics
+from pinfer.ffn import HybridFFN, SparseFFN
+from pinfer.kernels.registry import use_backend
+from pinfer.overlap import Place
+from pinfer.placement import LayerPlan, Plan
+from pinfer.placement.statistics import from_tensors
+from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
+
+PROMPT, TOKENS, NEURONS = [104, 101, 108, 108, 111], 14, 96
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("stats") / "m.gguf", n_layers=3, weight_type="Q8_0")
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_stats, "SAMPLE_EVERY", 3)
+
+
+def plan_file(folder: Path) -> str:
+    hot = (torch.arange(NEURONS) % 3 == 0, torch.ones(NEURONS, dtype=torch.bool), torch.arange(NEURONS) < 40)
+    path = folder / "plan.json"
+    path.write_text(json.dumps(Plan(tuple(LayerPlan("gpu", one) for one in hot), "cpu").to_plain()))
+    return str(path)
+
+
+def generated(engine: Engine, statistics: RunStatistics | None) -> Generation:
+    greedy = SamplingConfig(temperature=0)
+    made = Generation(engine, PROMPT, max_tokens=TOKENS, sampling=greedy, ignore_eos=True, statistics=statistics)
+    for _ in made:
+        pass
+    return made
+
+
+def load_with(path: Path, plan: str | None) -> Engine:
+    device = "cpu" if plan is None else "emulated"
+    return load_engine(RunConfig(model=str(path), method="exact", threads=1, context=64, device=device, plan=plan))
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_split_run_is_counted_as_a_whole_one(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    monkeypatch.setattr(load, "_cold_places", lambda run: [Place(1)] * shards)
+    whole, split = load_with(llama, None), load_with(llama, plan_file(tmp_path))
+    assert isinstance(split.model.ffns()[0], HybridFFN)
+    assert len(split.model.ffns()[0].cold) == shards
+    plain = generated(split, None)
+    found, expected = RunStatistics(split, masses=True), RunStatistics(whole, masses=True)
+    made, as_whole = generated(split, found), generated(whole, expected)
+    assert made.ids == plain.ids == as_whole.ids
+    assert made.stats.density == pytest.approx(plain.stats.density)
+    tensors = found.tensors()
+    for name, tensor in expected.tensors().items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=1e-4, atol=1e-5)
+    statistics = from_tensors(tensors, 3)
+    assert int(statistics[0].tokens) == len([step for step in range(TOKENS - 1) if step % 3 == 1])
+    layers = found.layers()
+    assert [layer.hot for layer in layers] == pytest.approx([1 / 3, 1, 40 / 96])
+    assert layers[1].hot_hits == 1.0
+    for layer, ffn in ((layers[0], split.model.ffns()[0]), (layers[2], split.model.ffns()[2])):
+        parts = [one for one in ffn.modules() if isinstance(one, SparseFFN)]
+        assert layer.hot_hits == pytest.approx(parts[0].activity.active / sum(one.activity.active for one in parts))
+        assert layer.recall == 1.0
+        assert layer.gpu_busy is not None
+        assert layer.cpu_busy is not None
+        assert min(layer.gpu_busy, layer.cpu_busy) > 0
+        assert layer.transfer_bytes == 8 * split.config.d_model
+    assert all(one.observe is None for ffn in split.model.ffns() for one in ffn.modules() if isinstance(one, SparseFFN))
+
+
+def test_recall_tells_of_neurons_that_are_missed(llama: Path) -> None:
+    run = RunConfig(model=str(llama), method="low_rank", predictor_rank=32, recall=0.5, threads=1, context=64)
+    engine = load_engine(run)
+    statistics = RunStatistics(engine)
+    generated(engine, statistics)
+    assert all(layer.recall is not None and 0 < layer.recall < 1 for layer in statistics.layers())
+    assert all(layer.gpu_busy is None and layer.hot_hits == 0 for layer in statistics.layers())
+
+
+def test_without_relu_the_neurons_that_hold_most_count(tmp_path: Path) -> None:
+    path = write_tiny_gemma3(tmp_path / "g.gguf", n_layers=2)
+    engine = load_engine(RunConfig(model=str(path), method="gate_threshold", sparsity=0.5, context=64))
+    statistics = RunStatistics(engine)
+    generated(engine, statistics)
+    found = from_tensors(statistics.tensors(), 2)
+    truly = statistics.tensors()["blk.0.truly_fired"]
+    assert 0 < int(truly.sum()) < int(found[0].tokens) * NEURONS
+    assert float(found[0].mass.sum()) > 0
+
+
+def test_a_dense_run_and_one_without_a_step_have_nothing_to_tell(llama: Path) -> None:
+    with pytest.raises(ValueError, match="the dense method names none"):
+        RunStatistics(load_engine(RunConfig(model=str(llama), method="dense")))
+    with pytest.raises(ValueError, match="no statistics"), use_backend("auto"):
+        RunStatistics(load_engine(RunConfig(model=str(llama)))).tensors()
