@@ -9,7 +9,7 @@ from typing import Any
 
 from pinfer.engine import Engine
 from pinfer.engine.fitting import kept_densities
-from pinfer.engine.plans import mean_density, reserves_of
+from pinfer.engine.plans import mean_density, reserves_of, typically_filled
 from pinfer.engine.shape import model_shape
 from pinfer.engine.solved import ACTIVATIONS, CALIBRATION, PLAN, Solved
 from pinfer.placement import Hardware
@@ -61,6 +61,7 @@ def make_plan(
             wanted.hardware,
             engine.model.context,
             wanted.budget_bytes,
+            filled=typically_filled(engine.model.context),
             gpu_layers=wanted.gpu_layers,
             reserves=reserves_of(emulated=wanted.emulated),
         )
