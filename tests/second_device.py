@@ -130,7 +130,7 @@ class SecondDevice(Device):
 
     def __init__(self, limit: int | None = None, forgets: Callable[[Any], bool] = lambda _: False) -> None:
         super().__init__(limit)
-        self.forgets, self.put_bytes = forgets, 0
+        self.forgets = forgets
 
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if self.forgets(tensor) else super().put(tensor)

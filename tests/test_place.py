@@ -5,23 +5,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
-from pinfer.config import ModelConfig
+from pinfer.config import Method, ModelConfig
 from pinfer.engine.fitting import FitSettings, fit_predictors
 from pinfer.engine.place import Elsewhere, place_model, runnable
+from pinfer.engine.plans import PLACED
 from pinfer.engine.prepared import Prepared
+from pinfer.engine.shape import model_shape
 from pinfer.engine.step import DecodeStep
-from pinfer.ffn import HybridFFN
+from pinfer.ffn import HybridFFN, SparseFFN
 from pinfer.formats.gguf import GGUFFile
 from pinfer.formats.model_config import model_config
 from pinfer.kernels.registry import use_backend
 from pinfer.models import Transformer, build_model
 from pinfer.models.weights import held_bytes
 from pinfer.placement import LayerPlan, Plan
+from pinfer.placement.memory import NO_RESERVES, memory
 from pinfer.quant import QuantTensor
 from pinfer.sparsify import exact_predictors, fit_input_thresholds, fitted_predictors, sparsify, sparsify_inputs
 from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
@@ -86,6 +89,19 @@ def made(path: Path, method: str, plan: Plan | None, device: SecondDevice | None
     return sparsify(model, maker, plan, lane=None if device is None else device.lane(1))
 
 
+def to_be_placed(path: Path, method: str, plan: Plan, model: Transformer) -> int:
+    """What the memory account says, with the tables of the rotary embedding and the counts, which it leaves to reserves."""
+    gguf = GGUFFile.open(path)
+    fitted = [ffn.predictor for ffn in made(path, method, None).ffns() if isinstance(ffn, SparseFFN)]
+    shape = model_shape(gguf, model.config, cast(Method, method), fitted, rearranged=False)
+    said = memory(shape, plan, CONTEXT, NO_RESERVES)
+    there = [one for ffn in model.ffns() for one in ffn.modules() if isinstance(one, SparseFFN)]
+    counts = sum(one.activity.totals.nbytes for one in there if one.activity.totals.device == ELSEWHERE)
+    homes = [layer.attention for layer in plan.layers]
+    ropes = {b.attention.rope for b, home in zip(model.layers, homes, strict=True) if home == "gpu"}
+    return sum(said.gpu[name] for name in PLACED) + counts + sum(rope.nbytes for rope in ropes)
+
+
 @pytest.mark.parametrize(
     ("family", "method", "predictor"), [*((*case, "split") for case in CASES), *((*case, "gpu") for case in OF_ITS_OWN)]
 )
@@ -101,6 +117,7 @@ def test_every_method_computes_the_same_on_two_devices(
             place_model(model, plan, device)
             found = run(model)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert device.account.used == to_be_placed(paths[family], method, plan, model)
     assert {"rms_norm", "attention", "rope", "sparse_ffn", "quant_matmul", "tally"} <= set(ran)
     assert any(isinstance(ffn, HybridFFN) for ffn in model.ffns())
 

@@ -16,7 +16,7 @@ from pinfer.cli.main import OK
 from pinfer.cli.main import run as cli
 from pinfer.config import RunConfig, SamplingConfig
 from pinfer.engine import SHIPPED_MODEL, Engine, Generation, load, load_engine
-from pinfer.engine.devices import Account, Device, Emulated
+from pinfer.engine.devices import Account, Cuda, Device, Emulated, device_for
 from pinfer.engine.place import place_model
 from pinfer.engine.plans import Placer, read_plan
 from pinfer.engine.shape import model_shape
@@ -25,6 +25,7 @@ from pinfer.formats.gguf import GGUFFile
 from pinfer.formats.model_config import model_config
 from pinfer.models import build_model
 from pinfer.placement import LayerPlan, Plan
+from pinfer.placement.memory import Reserves
 from pinfer.sparsify import exact_predictors, sparsify
 from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
 
@@ -247,3 +248,33 @@ def test_an_evaluation_runs_a_placement(llama: Path, tmp_path: Path, capsys: pyt
         found.append(json.loads(capsys.readouterr().out))
     for name in ("perplexity", "dense_perplexity", "density", "recall"):
         assert found[1][name] == pytest.approx(found[0][name], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("asked", "budget"), [(24_000_000_000, 24_000_000_000), (None, 70_550_000_000), (10**12, 70_550_000_000)]
+)
+def test_a_card_is_capped_at_its_budget(monkeypatch: pytest.MonkeyPatch, asked: int | None, budget: int) -> None:
+    """70 of 80 GB are free; the process's own context of 0.55 GB is taken already, and not torch's."""
+    shares: list[float] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70_000_000_000, 80_000_000_000))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
+    card = device_for("auto", asked)
+    assert isinstance(card, Cuda)
+    assert card.budget == budget
+    assert card.account.limit == budget - Reserves().context_bytes
+    assert shares == [card.account.limit / 80_000_000_000]
+
+
+def test_devices_go_by_name_and_by_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_for("cpu", None) is None
+    assert device_for("auto", 5) is None
+    emulated = device_for("emulated", 5)
+    assert isinstance(emulated, Emulated)
+    assert (emulated.budget, emulated.account.limit) == (5, 5)
+    with pytest.raises(ValueError, match="device is cuda"):
+        RunConfig(device="cuda", backend="cpu")
+    with pytest.raises(ValueError, match=r"cold_fraction 0\.5 has no meaning with device emulated"):
+        RunConfig(device="emulated", cold_fraction=0.5)

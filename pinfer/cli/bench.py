@@ -27,6 +27,7 @@ from pinfer.cli.generate import (
     Threads,
 )
 from pinfer.config import RunConfig
+from pinfer.engine.plans import GB, read_plan
 
 PromptTokens = Annotated[int, typer.Option("-p", "--n-prompt", help="Tokens of the prompt that prefill reads.")]
 DecodeTokens = Annotated[int, typer.Option("-n", "--n-gen", help="Tokens to decode, one at a time.")]
@@ -62,6 +63,8 @@ def bench(
     """Measure prefill and decode: dense, the sparse method if there is one, and llama.cpp if asked for."""
     if llama_python is not None and against is None:
         raise ValueError("--llama-python has no meaning without --against llama.cpp")
+    if plan is not None and gpu_memory_gb is None and (budget := read_plan(plan).budget_bytes) is not None:
+        gpu_memory_gb = budget / GB  # of the dense layers that are measured beside it as well
     run = RunConfig(
         model=model,
         threads=threads,

@@ -42,7 +42,7 @@ def print_layers(layers: Sequence[LayerRun]) -> None:
     note(
         "home: where its attention is; hits: named neurons that are hot; over: bytes a token takes to the CPU and back"
     )
-    note(f"recall and busy shares are of {layers[0].samples} sampled tokens; hits and density of all decoded ones")
+    note(f"recall and busy shares are of {layers[0].samples} tokens each, hits and density of all decoded ones")
 
 
 def layer_figures(layers: Sequence[LayerRun]) -> list[dict[str, Any]]:

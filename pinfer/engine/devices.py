@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from pinfer.config import DeviceName
+from pinfer.kernels.cpp import core_available
 from pinfer.kernels.planes import repack
 from pinfer.models import Transformer
 from pinfer.overlap import Lane, Place, cuda, emulated
@@ -20,7 +21,7 @@ from pinfer.quant import QuantTensor, planes_row_bytes
 
 NO_CUDA = "torch finds no CUDA device here"
 PREFILL_CHUNK = 512  # tokens: bounds the attention mask and the widest activation
-CHUNK_BYTES = 64 << 20  # of a matrix that is rearranged on its way
+CHUNK_WEIGHTS = 1 << 22  # of a matrix that is rearranged on its way: the integers in between take some 60 MB
 
 
 class Account:
@@ -94,7 +95,7 @@ class Emulated(Device):
         """Activations are the CPU's: there is nothing to find out."""
 
     def lane(self, places: int | Sequence[Place]) -> Lane | None:
-        return emulated(places)
+        return emulated(places) if core_available() else None
 
 
 class Cuda(Device):
@@ -113,7 +114,7 @@ class Cuda(Device):
 
     @property
     def peak_bytes(self) -> int:
-        """All that torch has held, activations and caches included."""
+        """All that torch has held, activations and caches included; the CUDA context is not torch's."""
         return torch.cuda.max_memory_reserved(self.torch_device)
 
     def put_weight(self, weight: QuantTensor) -> QuantTensor:
@@ -121,7 +122,7 @@ class Cuda(Device):
         row_bytes = planes_row_bytes(weight.type, weight.columns)
         self.account.take(weight.rows * row_bytes)
         blocks = torch.empty(weight.rows, row_bytes, dtype=torch.uint8, device=self.torch_device)
-        step = max(1, CHUNK_BYTES // row_bytes)
+        step = max(1, CHUNK_WEIGHTS // weight.columns)
         for first in range(0, weight.rows, step):
             rows = slice(first, first + step)
             blocks[rows] = repack(weight[rows].to(self.torch_device)).blocks

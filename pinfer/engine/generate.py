@@ -183,7 +183,7 @@ class Generation:
         with self._engine.computing():
             if statistics is None or not statistics.wanted(self._steps - 1):
                 return self._trim(self._decode_step(token))
-            with statistics.sampling():
+            with statistics.sampling(self._steps - 1):
                 return self._trim(self._engine.model(torch.tensor([token]), self._cache))
 
     def _trim(self, logits: torch.Tensor) -> torch.Tensor:

@@ -157,7 +157,7 @@ def _made(engine: Engine, prepared: Prepared, solved: Solved | None, find: Find)
     """The engine with its model sparse, and placed where `find` says. MemoryRanOut as said there."""
     run, model = engine.run, engine.model
     wanted = "cpu" if run.device == "auto" and run.backend == "cpu" else run.device
-    device = device_for(wanted, None if run.gpu_memory_gb is None else int(GB * run.gpu_memory_gb))
+    device = device_for(wanted, None if run.gpu_memory_gb is None else round(GB * run.gpu_memory_gb))
     predictors = _predictors(engine, prepared, solved)
     if device is None:
         plan = Plan.uniform(engine.config.n_layers, engine.config.d_ffn, run.cold_fraction)

@@ -152,7 +152,16 @@ class Placer:
         rates = measured_rates(statistics, density=self.density)
         if layers:
             self.checked(self._layers(layers), f"--gpu-layers {layers}")
-        problem = Problem(self.shape, rates, hardware, self.context, limit, gpu_layers=layers, reserves=self.reserves)
+        problem = Problem(
+            self.shape,
+            rates,
+            hardware,
+            self.context,
+            limit,
+            filled=typically_filled(self.context),
+            gpu_layers=layers,
+            reserves=self.reserves,
+        )
         return runnable(solve(problem).plan)
 
     def _layers(self, count: int) -> Plan:
@@ -178,6 +187,11 @@ class Placer:
 def reserves_of(*, emulated: bool) -> Reserves:
     """What a process takes beside weights; an emulated device has no CUDA context and records no graphs."""
     return Reserves(context_bytes=0, graph_bytes=0) if emulated else Reserves()
+
+
+def typically_filled(context: int) -> int:
+    """Positions that the token has behind it which a plan is to be best for: half of them."""
+    return context // 2
 
 
 def assumed_hardware(gpu_bytes: int) -> Hardware:

@@ -1,7 +1,8 @@
 """What a run tells of its placement, layer by layer, and what another placement can be solved from.
 
-Counts of named neurons are kept by every sparse part anyway. Every SAMPLE_EVERY-th decode step is run unrecorded, with
-all gates computed: that gives recall, which neurons fired, and how long either part took. Nothing else is slowed.
+Counts of named neurons are kept by every sparse part anyway. Of every SAMPLE_EVERY decode steps two are run unrecorded:
+one with all gates computed, which gives recall and which neurons fired, and the next with a clock beside the parts of
+split layers. Nothing else is slowed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pinfer.placement.statistics import QUANTILES, LayerStatistics, to_tensors
 from pinfer.predictors import Prediction
 
 SAMPLE_EVERY = 64  # decode steps; a sampled one reads every gate, and every up product where masses are gathered
+WATCHED, CLOCKED = 1, 2  # of them
 FLOAT_BYTES = 4
 
 
@@ -112,15 +114,23 @@ class _Layer:
     def watched(self) -> Iterator[None]:
         for number, shard in enumerate(self.shards):
             shard.observe = lambda x, prediction, number=number: self._see(number, x, prediction)
-        if self.hybrid is not None:
-            lane, self.hybrid.lane = self.hybrid.lane, self.timed
         try:
             yield
         finally:
             for shard in self.shards:
                 shard.observe = None
-            if self.hybrid is not None:
-                self.hybrid.lane = lane
+        self._fold()
+
+    @contextmanager
+    def clocked(self) -> Iterator[None]:
+        if self.hybrid is None:
+            yield
+            return
+        lane, self.hybrid.lane = self.hybrid.lane, self.timed
+        try:
+            yield
+        finally:
+            self.hybrid.lane = lane
 
     def _see(self, number: int, x: torch.Tensor, prediction: Prediction) -> None:
         """One token's neurons in one shard."""
@@ -136,7 +146,7 @@ class _Layer:
         named = prediction.active.indices[: int(prediction.active.count)].long()
         self._now.append((number, named.cpu(), fired[0].cpu(), weight[0].cpu()))
 
-    def fold(self) -> None:
+    def _fold(self) -> None:
         """Add the token that the shards have seen."""
         named, fired = torch.zeros_like(self.is_hot), torch.zeros_like(self.is_hot)
         weight = torch.zeros(self.is_hot.numel())
@@ -210,17 +220,16 @@ class RunStatistics:
 
     def wanted(self, step: int) -> bool:
         """Whether the decode step of that number, from 0, is to be sampled."""
-        return step % SAMPLE_EVERY == 1
+        return step % SAMPLE_EVERY in (WATCHED, CLOCKED)
 
     @contextmanager
-    def sampling(self) -> Iterator[None]:
-        """Samples the one token that the model runs in the block, unrecorded."""
-        with ExitStack() as watched:
+    def sampling(self, step: int) -> Iterator[None]:
+        """Samples the one token, of a wanted step, that the model runs in the block, unrecorded."""
+        clocked = step % SAMPLE_EVERY == CLOCKED
+        with ExitStack() as sampled:
             for layer in self._layers:
-                watched.enter_context(layer.watched())
+                sampled.enter_context(layer.clocked() if clocked else layer.watched())
             yield
-        for layer in self._layers:
-            layer.fold()
 
     def layers(self) -> list[LayerRun]:
         """Every layer since the counts were reset, as a generation does where decode begins."""

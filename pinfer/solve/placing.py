@@ -9,7 +9,7 @@ from typing import Any
 
 from pinfer.engine import Engine
 from pinfer.engine.fitting import kept_densities
-from pinfer.engine.plans import mean_density, reserves_of
+from pinfer.engine.plans import mean_density, reserves_of, typically_filled
 from pinfer.engine.shape import model_shape
 from pinfer.engine.solved import ACTIVATIONS, CALIBRATION, PLAN, Solved
 from pinfer.placement import Hardware
@@ -52,26 +52,15 @@ def make_plan(
         if done is not None and done.settings == settings:
             tell(f"{solved.path} is placed for this already")
             return done.figures
-        shape = model_shape(engine.gguf, engine.config, method.method, predictors, rearranged=not wanted.emulated)
-        statistics = from_tensors(solved.read_tensors(ACTIVATIONS), engine.config.n_layers)
-        rates = measured_rates(statistics, density=mean_density(kept_densities(solved)))
-        problem = Problem(
-            shape,
-            rates,
-            wanted.hardware,
-            engine.model.context,
-            wanted.budget_bytes,
-            gpu_layers=wanted.gpu_layers,
-            reserves=reserves_of(emulated=wanted.emulated),
-        )
-        found = solve(problem)
+        found = solve(_problem(engine, solved, predictors, method, wanted))
         figures = {
             "gpu_bytes": found.memory.gpu_bytes,
             "gpu_items": dict(found.memory.gpu),
             "tokens_per_s": found.tokens_per_s,
             "gap": found.gap,
             "solve_seconds": round(found.solve_seconds, 3),
-            "hot_share": sum(layer.n_hot for layer in found.plan.layers) / sum(len(one) for one in rates),
+            "hot_share": sum(layer.n_hot for layer in found.plan.layers)
+            / sum(layer.hot.numel() for layer in found.plan.layers),
         }
         plan = dataclasses.replace(found.plan, budget_bytes=wanted.budget_bytes, figures=figures)
         content = (json.dumps(plan.to_plain(), indent=1) + "\n").encode()
@@ -79,3 +68,20 @@ def make_plan(
             PLAN, content, stage=PLACE, settings=settings, figures=figures, made_from=(ACTIVATIONS, CALIBRATION)
         )
     return solved.stages[PLACE].figures
+
+
+def _problem(
+    engine: Engine, solved: Solved, predictors: Sequence[Predictor], method: PredictorPlan, wanted: PlacePlan
+) -> Problem:
+    """What the solver is asked: named as often as the profile says, at the density that calibration chose."""
+    statistics = from_tensors(solved.read_tensors(ACTIVATIONS), engine.config.n_layers)
+    return Problem(
+        model_shape(engine.gguf, engine.config, method.method, predictors, rearranged=not wanted.emulated),
+        measured_rates(statistics, density=mean_density(kept_densities(solved))),
+        wanted.hardware,
+        engine.model.context,
+        wanted.budget_bytes,
+        filled=typically_filled(engine.model.context),
+        gpu_layers=wanted.gpu_layers,
+        reserves=reserves_of(emulated=wanted.emulated),
+    )
