@@ -6,7 +6,7 @@ The device is a thread whose reading is held to --gpu-bandwidth GB/s (pinfer.ove
 computes the cold neurons for real. DIR holds the profile of another text (`pinfer profile`), by which neurons are
 ranked and from which their rates come. The CPU's speed is measured on FFNs whose neurons are all cold, gate and
 gathered rows together; every split is then predicted from bytes (`pinfer.placement.problem`) and measured, layer by
-layer, recorded as decode runs it. Times are the least over rounds in which other programs kept less than --quiet cores
+layer, recorded as decode runs it. Times are medians over rounds in which other programs kept less than --quiet cores
 busy: it waits for such moments, at most --patience seconds a split.
 """
 
@@ -80,30 +80,29 @@ class Bench:
         count = round(share * len(self.rates[0]))
         return Plan(tuple(LayerPlan("gpu", hot_prefix(rates, count)) for rates in self.rates))
 
-    def measure(self, plan: Plan) -> dict[str, list[float]]:
-        """Seconds of every layer's FFN, mean over inputs of the least over rounds: cold alone, and both together."""
-        forms: dict[str, Lane] = {"cold": Parts(self.lane, False, True), "together": self.lane}
+    def measure(self, plan: Plan, lane: Lane) -> list[float]:
+        """Seconds of every layer's FFN, mean over inputs of the median over rounds."""
         with self.engine.computing():
-            programs_of = {name: self._programs(plan, lane) for name, lane in forms.items()}
-            kept: list[dict[str, np.ndarray]] = []
+            programs = self._programs(plan, lane)
+            kept: list[np.ndarray] = []
             began = time.monotonic()
             while len(kept) < self.wanted.rounds and time.monotonic() - began < self.wanted.patience:
                 others = OtherLoad([])
-                one = self._round(programs_of)
+                one = self._round(programs)
                 kept += [one] if (others.cores() or 0.0) < self.wanted.quiet else []
         if not kept:
             raise RuntimeError(f"no round in {self.wanted.patience:g} s that other programs left alone")
-        return {name: np.min([one[name] for one in kept], axis=0).mean(axis=1).tolist() for name in forms}
+        return np.nanmedian(kept, axis=0).mean(axis=1).tolist()
 
-    def _round(self, programs_of: dict[str, list[Program]]) -> dict[str, np.ndarray]:
-        """Seconds [layers, inputs] of each form."""
-        found = {name: np.empty((len(self.whole), len(TOKENS))) for name in programs_of}
-        for layer, inputs in enumerate(self.inputs):
-            for at, given in enumerate(inputs):
-                for mine, value in zip((self.x, self.residual), given, strict=True):
+    def _round(self, programs: list[Program]) -> np.ndarray:
+        """Seconds [layers, inputs], NaN where a thread lost its processor; layer after layer, as a step reads them."""
+        found = np.empty((len(self.whole), len(TOKENS)))
+        for at in range(len(TOKENS)):
+            for layer, program in enumerate(programs):
+                for mine, value in zip((self.x, self.residual), self.inputs[layer][at], strict=True):
                     mine.copy_(value)
-                for name, ffns in programs_of.items():
-                    found[name][layer, at] = timed(ffns[layer].run)
+                seconds = timed(program.run)
+                found[layer, at] = np.nan if seconds is None else seconds
         return found
 
     def _programs(self, plan: Plan, lane: Lane) -> list[Program]:
@@ -125,22 +124,21 @@ class Bench:
             self.problem, hardware=dataclasses.replace(self.problem.hardware, cpu_bandwidth=1.0)
         )
         count = sum(layer.cpu_s for layer in evaluate(of_one, plan).layers)
-        return count / sum(self.measure(plan)["cold"])
+        return count / sum(self.measure(plan, Parts(self.lane, cold=True)))
 
     def compare(self, share: float, cpu_bandwidth: float) -> dict[str, Any]:
         """One split, predicted and measured."""
         machine, plan = dataclasses.replace(self.problem.hardware, cpu_bandwidth=cpu_bandwidth), self.plan(share)
         layers = evaluate(dataclasses.replace(self.problem, hardware=machine), plan).layers
-        measured = self.measure(plan)
+        measured = sum(self.measure(plan, self.lane))
         predicted = [max(layer.gpu_s, layer.cpu_s) for layer in layers]
         return {
             "hot": share,
             "gpu_s": [layer.gpu_s for layer in layers],
             "cpu_s": [layer.cpu_s for layer in layers],
             "predicted_s": sum(predicted),
-            "measured_s": sum(measured["together"]),
-            "cold_measured_s": sum(measured["cold"]),
-            "off": sum(predicted) / sum(measured["together"]) - 1,
+            "measured_s": measured,
+            "off": sum(predicted) / measured - 1,
         }
 
 
