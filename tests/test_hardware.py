@@ -16,8 +16,18 @@ from pinfer.engine.advice import advice
 from pinfer.engine.cores import Core, Topology, memory_limit
 from pinfer.engine.gpu_rates import LAUNCHES, CudaDevice, measure_gpu
 from pinfer.engine.hardware import Gpu, Machine, Node, gpu_problem, parse_gpus, read_machine
-from pinfer.engine.rates import GpuRates, Rates, keep_rates, kept_rates, measure_cpu, rates_path
+from pinfer.engine.rates import (
+    GpuRates,
+    Rates,
+    keep_rates,
+    kept_rates,
+    measure_cpu,
+    measure_products,
+    prefill_costs,
+    rates_path,
+)
 from pinfer.kernels.cpp import core_problem
+from pinfer.overlap import PrefillCosts
 from tests.test_cores import write
 
 SMI = """GPU-1, NVIDIA GeForce RTX 4090, 550.54.14, 24564, 20000, 00000000:3B:00.0
@@ -192,6 +202,22 @@ def test_figures_are_kept_for_this_very_machine() -> None:
     assert kept_rates(less_free) == MEASURED
 
 
+def test_prompts_choose_by_what_was_measured() -> None:
+    with_products = dataclasses.replace(MEASURED, cpu_flops=4e11)
+    keep_rates(WITH_GPU, with_products)
+    assert kept_rates(WITH_GPU) == with_products
+    assert prefill_costs(None) is prefill_costs(Rates({1: 1e9}, None, 4e11)) is None
+    costs = prefill_costs(with_products)
+    assert costs == PrefillCosts(40e9, 25e9, 4e11)
+    assert costs is not None and costs.streams(512, 10**9, 10**9) and not costs.streams(2, 10**9, 10**9)
+
+
+def test_products_are_measured() -> None:
+    told: list[str] = []
+    assert measure_products(told.append) > 0
+    assert "GFLOP/s" in told[0]
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -202,6 +228,7 @@ def test_figures_are_kept_for_this_very_machine() -> None:
         lambda content: json.dumps(content | {"rates": {"cpu_read_bandwidth": {}, "gpu": None}}).encode(),
         lambda content: json.dumps(content | {"rates": {"cpu_read_bandwidth": {"1": -5}, "gpu": None}}).encode(),
         lambda content: json.dumps(content | {"rates": {"cpu_read_bandwidth": {"1": 5}, "gpu": {"x": 1}}}).encode(),
+        lambda content: json.dumps(content | {"rates": content["rates"] | {"cpu_flops": 0}}).encode(),
     ],
 )
 def test_damaged_or_foreign_figures_are_ignored(damage: Any) -> None:

@@ -19,6 +19,7 @@ from pinfer.engine import SHIPPED_MODEL, Engine, Generation, load, load_engine
 from pinfer.engine.devices import Account, Cuda, Device, Emulated, device_for
 from pinfer.engine.place import place_model
 from pinfer.engine.plans import Placer, read_plan
+from pinfer.engine.rates import GpuRates, Rates
 from pinfer.engine.shape import model_shape
 from pinfer.ffn import HybridFFN
 from pinfer.formats.gguf import GGUFFile
@@ -111,6 +112,31 @@ def test_a_plan_file_is_run(llama: Path, tmp_path: Path) -> None:
     assert [isinstance(ffn, HybridFFN) for ffn in both.model.ffns()] == [True, True, False, False]
     assert both.placement is not None
     assert both.placement.n_layers == 2
+
+
+def test_prompts_bring_cold_weights_where_that_was_measured_to_be_faster(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(Plan.uniform(LAYERS, NEURONS, 0.5).to_plain()))
+    ways: list[str] = []
+    brought = Emulated.lane
+
+    def watched(device: Emulated, places: Any, prefill: Any = None) -> Any:
+        lane = brought(device, places, prefill)
+        assert lane is not None
+        before = lane.brought
+        monkeypatch.setattr(lane, "brought", lambda pieces: ways.append("brought") or before(pieces))
+        return lane
+
+    monkeypatch.setattr(Emulated, "lane", watched)
+    texts = []
+    for to_gpu in (1.0, 1e15):
+        rates = Rates({1: 1e9}, GpuRates(1e12, to_gpu, 1e9, 1e-5, 1e-6, 1e-6), 1e9)
+        monkeypatch.setattr(load, "kept_rates", lambda _, rates=rates: rates)
+        texts.append(drawn(load_engine(run_config(llama, method="exact", plan=str(path), precision="float32"))))
+        assert ways == ([] if to_gpu == 1.0 else ["brought"] * LAYERS)
+    assert texts[0] == texts[1]
 
 
 def test_a_plan_that_does_not_belong_here_is_refused(llama: Path, tmp_path: Path) -> None:

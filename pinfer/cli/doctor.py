@@ -13,7 +13,7 @@ from pinfer.cli.console import console, emit_json, note, printable, size
 from pinfer.engine.advice import advice
 from pinfer.engine.gpu_rates import CudaDevice, measure_gpu
 from pinfer.engine.hardware import Machine, read_machine
-from pinfer.engine.rates import Rates, keep_rates, kept_rates, measure_cpu, rates_path
+from pinfer.engine.rates import Rates, keep_rates, kept_rates, measure_cpu, measure_products, rates_path
 
 NAME_WIDTH = 15
 
@@ -38,13 +38,13 @@ def _measured(machine: Machine) -> Rates:
     """Measured now, and kept; RuntimeError where nothing can be measured."""
     if machine.core_problem is not None:
         raise RuntimeError(f"CPU bandwidth cannot be measured: {machine.core_problem}")
-    cpu = measure_cpu(machine, note)
+    cpu, flops = measure_cpu(machine, note), measure_products(note)
     if machine.gpu is None:
         note(f"no GPU is measured: {machine.gpu_problem}")
-        rates = Rates(cpu)
+        rates = Rates(cpu, None, flops)
     else:
         with torch.inference_mode():
-            rates = Rates(cpu, measure_gpu(CudaDevice(), note))
+            rates = Rates(cpu, measure_gpu(CudaDevice(), note), flops)
     try:
         note(f"kept in {keep_rates(machine, rates)}")
     except (OSError, RuntimeError) as problem:
@@ -108,6 +108,8 @@ def _speeds(rates: Rates | None) -> list[tuple[str, str]]:
         return [("measured", "nothing yet")]
     by_threads = ", ".join(f"{value / 1e9:.1f} GB/s with {n}" for n, value in rates.cpu_read_bandwidth.items())
     speeds = [("CPU reads", f"{by_threads} {'thread' if [*rates.cpu_read_bandwidth] == [1] else 'threads'}")]
+    if rates.cpu_flops is not None:
+        speeds.append(("CPU products", f"{rates.cpu_flops / 1e9:.0f} GFLOP/s over a prompt"))
     if (gpu := rates.gpu) is not None:
         speeds += [
             ("GPU reads", f"{gpu.read_bandwidth / 1e9:.0f} GB/s"),

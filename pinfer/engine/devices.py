@@ -15,7 +15,7 @@ from pinfer.config import DeviceName
 from pinfer.kernels.cpp import core_available
 from pinfer.kernels.planes import repack
 from pinfer.models import Transformer
-from pinfer.overlap import Lane, Place, cuda, emulated
+from pinfer.overlap import Lane, Place, PrefillCosts, cuda, emulated
 from pinfer.placement.memory import Reserves
 from pinfer.quant import QuantTensor, planes_row_bytes
 
@@ -74,8 +74,11 @@ class Device(ABC):
         model(tokens, model.new_cache(), last_only=True).cpu()
 
     @abstractmethod
-    def lane(self, places: int | Sequence[Place]) -> Lane | None:
-        """What runs cold shards while the device computes: a worker for each place, or one of so many threads."""
+    def lane(self, places: int | Sequence[Place], prefill: PrefillCosts | None = None) -> Lane | None:
+        """What runs cold shards while the device computes: a worker for each place, or one of so many threads.
+
+        prefill: by which prompts choose between the CPU and bringing weights here; None: always the CPU.
+        """
 
 
 class Emulated(Device):
@@ -94,8 +97,8 @@ class Emulated(Device):
     def probe(self, model: Transformer) -> None:
         """Activations are the CPU's: there is nothing to find out."""
 
-    def lane(self, places: int | Sequence[Place]) -> Lane | None:
-        return emulated(places) if core_available() else None
+    def lane(self, places: int | Sequence[Place], prefill: PrefillCosts | None = None) -> Lane | None:
+        return emulated(places, prefill=prefill) if core_available() else None
 
 
 class Cuda(Device):
@@ -128,8 +131,8 @@ class Cuda(Device):
             blocks[rows] = repack(weight[rows].to(self.torch_device)).blocks
         return QuantTensor(blocks, weight.type, weight.columns, "planes")
 
-    def lane(self, places: int | Sequence[Place]) -> Lane | None:
-        return cuda(places)
+    def lane(self, places: int | Sequence[Place], prefill: PrefillCosts | None = None) -> Lane | None:
+        return cuda(places, prefill=prefill)
 
 
 def device_for(name: DeviceName, limit: int | None) -> Device | None:

@@ -12,7 +12,7 @@ import torch
 
 from pinfer.config import Method, ModelConfig, RunConfig
 from pinfer.engine.cores import cold_places, default_threads, place_threads, read_topology
-from pinfer.engine.devices import NO_CUDA, device_for
+from pinfer.engine.devices import NO_CUDA, Device, device_for
 from pinfer.engine.fitting import (
     STAGE,
     FitSettings,
@@ -25,9 +25,11 @@ from pinfer.engine.fitting import (
     kept_predictors,
     sequences_to_fit_on,
 )
+from pinfer.engine.hardware import read_machine
 from pinfer.engine.place import place_model
 from pinfer.engine.plans import GB, Placement, Placer, mean_density
 from pinfer.engine.prepared import Prepared
+from pinfer.engine.rates import kept_rates, prefill_costs
 from pinfer.engine.shape import READS_ALL, model_shape
 from pinfer.engine.solved import Solved
 from pinfer.engine.step_down import Find, MemoryRanOut, within_memory
@@ -168,13 +170,18 @@ def _made(engine: Engine, prepared: Prepared, solved: Solved | None, find: Find)
     placer = Placer(run, engine.method, shape, model.context, device, solved, mean_density(predictors.densities))
     found = find(placer)
     try:
-        lane = device.lane(_cold_places(run)) if any(layer.is_split for layer in found.plan.layers) else None
+        lane = _lane(run, device) if any(layer.is_split for layer in found.plan.layers) else None
         _make_sparse(engine, prepared, predictors, found.plan, lane)
         place_model(model, found.plan, device, prepared.release)
         device.probe(model)
     except torch.OutOfMemoryError as problem:
         raise MemoryRanOut(problem, placer, found) from problem
     return dataclasses.replace(engine, placement=found)
+
+
+def _lane(run: RunConfig, device: Device) -> Lane | None:
+    """What computes cold neurons beside a device; prompts choose by what `pinfer doctor --measure` has kept."""
+    return device.lane(_cold_places(run), prefill_costs(kept_rates(read_machine())))
 
 
 def _cold_places(run: RunConfig) -> int | list[Place]:

@@ -10,19 +10,28 @@ import dataclasses
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pinfer.engine.hardware import Machine
 from pinfer.files import write_atomically
 from pinfer.kernels.cpp import cache_folder
 from pinfer.kernels.cpp.bandwidth import read_bandwidth
+from pinfer.kernels.ops import quant_matmul
+from pinfer.kernels.registry import use_backend, use_int8
+from pinfer.overlap import PrefillCosts
+from pinfer.quant import Q8_0
+from pinfer.quantize import quantize
 
 FORMAT = 1
 BUFFER_BYTES = 1 << 30  # larger than the caches of any processor
 MEMORY_SHARE = 4  # of the memory that is free, a buffer takes at most one part in so many
+PROMPT_TOKENS, WIDTH, PRODUCTS = 256, 2048, 5  # of the products that are timed
 
 
 @dataclass(frozen=True)
@@ -43,14 +52,19 @@ class GpuRates:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine was measured at: bytes/s of reading its memory by number of threads; its GPU, None without one."""
+    """What a machine was measured at: bytes/s of reading its memory by number of threads; its GPU, None without one.
+
+    cpu_flops: float operations/s of quantised products over a prompt's tokens; None where they were not measured.
+    """
 
     cpu_read_bandwidth: dict[int, float]
     gpu: GpuRates | None = None
+    cpu_flops: float | None = None
 
     def __post_init__(self) -> None:
         """ValueError for what is no positive number, and without a figure for any number of threads."""
         values = [*self.cpu_read_bandwidth.values(), *(dataclasses.astuple(self.gpu) if self.gpu else ())]
+        values += [] if self.cpu_flops is None else [self.cpu_flops]
         if not self.cpu_read_bandwidth or not all(math.isfinite(value) and value > 0 for value in values):
             raise ValueError(f"rates must be finite and above 0: {values}")
 
@@ -79,6 +93,29 @@ def measure_cpu(
         found[threads] = read(threads, size)
         tell(f"CPU memory, {threads} {'thread' if threads == 1 else 'threads'}: {found[threads] / 1e9:.1f} GB/s")
     return found
+
+
+def measure_products(tell: Callable[[str], None]) -> float:
+    """Float operations/s of a prompt's products with Q8_0 weights on torch's number of threads, the best of some."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(PROMPT_TOKENS, WIDTH, generator=generator), torch.randn(WIDTH, WIDTH, generator=generator)
+    stored = quantize(weight, Q8_0)
+    best = math.inf
+    with use_backend("cpu"), use_int8():
+        for _ in range(PRODUCTS):
+            began = time.perf_counter()
+            quant_matmul(x, stored)
+            best = min(best, time.perf_counter() - began)
+    flops = 2 * PROMPT_TOKENS * WIDTH * WIDTH / best
+    tell(f"CPU products over {PROMPT_TOKENS} tokens: {flops / 1e9:.0f} GFLOP/s")
+    return flops
+
+
+def prefill_costs(rates: Rates | None) -> PrefillCosts | None:
+    """What a prompt's cold neurons cost on this machine's CPU, and their weights' way to its GPU; None where unknown."""
+    if rates is None or rates.gpu is None:
+        return None
+    return PrefillCosts(rates.cpu_bandwidth, rates.gpu.to_gpu_bandwidth, rates.cpu_flops)
 
 
 def machine_key(machine: Machine) -> dict[str, Any]:
@@ -118,6 +155,6 @@ def kept_rates(machine: Machine) -> Rates | None:
             return None
         values = content["rates"]
         threads = {int(threads): float(value) for threads, value in values["cpu_read_bandwidth"].items()}
-        return Rates(threads, GpuRates(**values["gpu"]) if values["gpu"] else None)
+        return Rates(threads, GpuRates(**values["gpu"]) if values["gpu"] else None, values.get("cpu_flops"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
         return None  # RuntimeError: a user without a home
