@@ -43,7 +43,7 @@ BUDGETS_GB = (8, 16, 24, 48)
 SPREADS = (0.0, 0.5)
 SHARES = (0.2, 0.4, 0.6, 0.8)  # of a real model's bytes
 POLLING_SYNC_S, REAL_CONTEXT, GEMMA_DENSITY = 5e-6, 512, 0.5
-SMALL_RESERVES = Reserves(context_bytes=0, graph_bytes=0, tokens=1)
+SMALL_RESERVES = Reserves(context_bytes=0, graph_bytes=0, tokens=1, streamed=0)
 HEADINGS = ("problem", "budget", "tokens/s", "gap", "solved in", "by", "PowerInfer's sort", "uniform", "whole sparse layers",
             "whole dense layers")  # fmt: skip
 

@@ -21,11 +21,10 @@ from pinfer.kernels.ops import add, glu, input_sparse_matmul, quant_matmul, spar
 from pinfer.kernels.select_active import Active
 from pinfer.kernels.tuning import expect_density
 from pinfer.overlap import Cold, Lane, Traffic
+from pinfer.placement.memory import STREAMED_NEURONS
 from pinfer.predictors import InputThreshold, Prediction, Predictor, split_prediction
 from pinfer.predictors.input_threshold import KEEP_ALL
 from pinfer.quant import QuantTensor
-
-STREAMED_NEURONS = 2048  # of a cold shard brought to the device at a time
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def problems(draw: Any, most_layers: int = 3, most_neurons: int = 5, *, fixed: b
     return Problem(shape, rates, hardware, 20, draw(st.integers(0, 2 * most + 1000)), reserves=reserves)
 
 
-NONE = Reserves(0, 0, 0.0, 1)
+NONE = Reserves(0, 0, 0.0, 1, 0)
 
 
 def layer_plans(layer: LayerShape, rates: np.ndarray, *, subsets: bool) -> Iterator[LayerPlan]:

@@ -27,7 +27,7 @@ from pinfer.placement.solver import ROUNDING, TOLERANCE, chain_of, solve
 from tests.placement_problems import best_seconds, problems, random_plan
 
 FEW = settings(max_examples=50, deadline=None)
-NOTHING = Reserves(0, 0, 0.0, 1)
+NOTHING = Reserves(0, 0, 0.0, 1, 0)
 RTX_4090 = Hardware("RTX 4090", 24 * 10**9, 1008e9, 80e9)
 
 

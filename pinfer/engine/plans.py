@@ -185,8 +185,8 @@ class Placer:
 
 
 def reserves_of(*, emulated: bool) -> Reserves:
-    """What a process takes beside weights; an emulated device has no CUDA context and records no graphs."""
-    return Reserves(context_bytes=0, graph_bytes=0) if emulated else Reserves()
+    """What a process takes beside weights; an emulated device has no CUDA context, graphs or copies of cold neurons."""
+    return Reserves(context_bytes=0, graph_bytes=0, streamed=0) if emulated else Reserves()
 
 
 def typically_filled(context: int) -> int:

@@ -13,6 +13,8 @@ from pinfer.placement.shape import FLOAT_BYTES, LayerShape, ModelShape
 # A buffer [T, N] of gate products, one of up products, one of h; x, its norm, the residual, queries and the sum [T, D].
 NEURON_BUFFERS, WIDTH_BUFFERS = 3, 6
 MASK_BYTES, INDEX_BYTES = 1, 4  # of a (token, neuron) pair, of a neuron named
+STREAMED_NEURONS = 2048  # cold ones that a prompt brings to the GPU at a time
+STREAMED_PIECES, PINNED_PIECES = 3, 2  # two of them are there and one is rearranged for kernels; two are on their way
 
 
 @dataclass(frozen=True)
@@ -24,23 +26,25 @@ class Reserves:
     margin:        share of everything else that the allocator's rounding (512 bytes, 2 MiB for large blocks) and
                    fragmentation may take.
     tokens:        the longest chunk of a prompt, for which activations are held.
+    streamed:      cold neurons of a layer that a prompt brings to the GPU at a time; 0: it never does.
     """
 
     context_bytes: int = 550_000_000
     graph_bytes: int = 64 << 20
     margin: float = 0.02
     tokens: int = 512
+    streamed: int = STREAMED_NEURONS
 
     def __post_init__(self) -> None:
         """ValueError for what is negative or, of the margin, not below 1."""
-        for name, least in (("context_bytes", 0), ("graph_bytes", 0), ("tokens", 1)):
+        for name, least in (("context_bytes", 0), ("graph_bytes", 0), ("tokens", 1), ("streamed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if not 0 <= self.margin < 1:
             raise ValueError(f"margin must lie in [0, 1), not {self.margin}")
 
 
-NO_RESERVES = Reserves(0, 0, 0.0, 1)
+NO_RESERVES = Reserves(0, 0, 0.0, 1, 0)
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def memory(shape: ModelShape, plan: Plan, context: int, reserves: Reserves | Non
     cpu["activations"] = workspace_bytes(shape, reserves.tokens)
     if not any(gpu.values()):
         return Memory(MappingProxyType({}), MappingProxyType(cpu))
-    cpu["pinned"] = pinned_bytes(shape, reserves.tokens)
+    cpu["pinned"] = pinned_bytes(shape, reserves)
     gpu |= fixed_items(shape, reserves)
     gpu["margin"] = math.ceil(reserves.margin * sum(gpu.values()))
     return Memory(MappingProxyType(gpu), MappingProxyType(cpu))
@@ -107,6 +111,7 @@ def fixed_items(shape: ModelShape, reserves: Reserves) -> dict[str, int]:
     return {
         "logits": FLOAT_BYTES * shape.vocab_size,
         "activations": workspace_bytes(shape, reserves.tokens),
+        "streamed": STREAMED_PIECES * piece_bytes(shape, reserves.streamed),
         "context": reserves.context_bytes,
         "graph": reserves.graph_bytes,
     }
@@ -131,10 +136,18 @@ def workspace_bytes(shape: ModelShape, tokens: int) -> int:
     return tokens * (FLOAT_BYTES * floats + MASK_BYTES * widest) + INDEX_BYTES * widest
 
 
-def pinned_bytes(shape: ModelShape, tokens: int) -> int:
-    """Buffers that both devices see: x and the partial sum of a chunk, the list of cold neurons, logits."""
+def piece_bytes(shape: ModelShape, neurons: int) -> int:
+    """The largest piece of so many neurons of a layer, as it lies on the GPU."""
+    sizes = (min(neurons, layer.n_neurons) * layer.on("gpu").neuron_bytes for layer in shape.layers)
+    return max(sizes, default=0)
+
+
+def pinned_bytes(shape: ModelShape, reserves: Reserves) -> int:
+    """Buffers that both devices see: x and the partial sum of a chunk, the list of cold neurons, logits, pieces of
+    cold neurons on their way."""
     widest = max((layer.n_neurons for layer in shape.layers), default=0)
-    return FLOAT_BYTES * (2 * tokens * shape.d_model + shape.vocab_size) + INDEX_BYTES * widest
+    floats = 2 * reserves.tokens * shape.d_model + shape.vocab_size
+    return FLOAT_BYTES * floats + INDEX_BYTES * widest + PINNED_PIECES * piece_bytes(shape, reserves.streamed)
 
 
 def check_plan(shape: ModelShape, plan: Plan) -> None:
