@@ -563,6 +563,26 @@ def test_ctrl_c_anywhere_and_it_ends_the_same(
     assert listing(tmp_path) == whole
 
 
+def test_files_of_a_layer_that_is_done_go_where_a_kill_left_them(
+    engine: Engine, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path, **_: Any) -> None:
+        raise KeyboardInterrupt
+
+    class AtTheLastLayer(Recorder):
+        def measured(self, layer: int, step: int, weighted_recall: float) -> None:
+            if layer == N_LAYERS - 1 and step == QUICK.steps:
+                monkeypatch.setattr(Path, "unlink", killed)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_training(engine, tmp_path, AtTheLastLayer())
+    monkeypatch.undo()
+    assert listing(tmp_path) != whole
+    run_training(engine, tmp_path)
+    run_training(engine, tmp_path)
+    assert listing(tmp_path) == whole
+
+
 @pytest.mark.parametrize("other", ["settings", "text", "model"])
 def test_another_run_starts_anew(
     engine: Engine, model: Path, tmp_path: Path, whole: dict[str, bytes], other: str

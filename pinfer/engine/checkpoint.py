@@ -81,6 +81,8 @@ class Checkpoint:
             kept = None
         if kept is None:
             self.remove()
+        else:
+            self._drop_unnamed()  # a killed writer's
         return kept
 
     def save(
@@ -96,6 +98,10 @@ class Checkpoint:
         self._sums = {name: digest for name, digest in sums.items() if name not in drop}
         state = {"format": FORMAT, "key": self._key, "files": self._sums, "data": data}
         write_atomically(self.folder / STATE, json.dumps(state | {"sha256": _digest(state)}, indent=1).encode())
+        self._drop_unnamed()
+
+    def _drop_unnamed(self) -> None:
+        """Remove tensors that the state does not name: those that were dropped, or never got into it."""
         named = {_file(name) for name in self._sums}
         for path in self.folder.glob(_file("*")):
             if path.name not in named:

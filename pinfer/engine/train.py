@@ -202,6 +202,8 @@ class _Run:
             self._checkpoint.remove()
             return None
         self._data = dict(kept.data)
+        if self._data["pairs"] is None:
+            self._drop_pairs()  # of a layer whose result was kept, by a run that was killed then
         for layer, figures in enumerate(kept.data["figures"]):
             self._done.append(self._result(layer, kept.tensors[_layer(layer)], figures))
         within = "" if self._data["pairs"] is None else f", within layer {len(self._done)}"
@@ -254,10 +256,13 @@ class _Run:
         before = self._data["state"]
         self._data |= {"figures": [*self._data["figures"], figures], "pairs": None, "state": None}
         self._checkpoint.save({_layer(layer): tensors}, self._data, {before})
-        for path in (self._folder / PAIRS).iterdir():
-            path.unlink()
+        self._drop_pairs()
         self._done.append(self._result(layer, tensors, figures))
         self._watcher.layer(layer, self._done[-1])
+
+    def _drop_pairs(self) -> None:
+        for path in (self._folder / PAIRS).glob("*"):
+            path.unlink()
 
     def _result(self, layer: int, tensors: Mapping[str, torch.Tensor], figures: Mapping[str, Any]) -> LayerResult:
         ffn, kind = dense_ffn(self._engine, layer), BY_NAME[self._settings.factors.weight_type]
