@@ -67,10 +67,12 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
     run = ("--device", wanted.device, "--gpu-memory-gb", cap, "-p", 16, "-n", wanted.decode, "--rounds", wanted.rounds)
     measured = command("bench", "-m", model, "--method", wanted.method, "--plan", plan, *run)
     speeds = {one["name"]: one["decode_tokens_per_s"] for one in measured["contestants"]}
+    held = {one["name"]: one["vram_bytes"] for one in measured["contestants"]}
     return {
         "asked": {name: str(value) for name, value in vars(wanted).items()},
         "gpu_memory_gb": cap,
         "tokens_per_s": speeds,
+        "vram_bytes": held,
         "predicted_tokens_per_s": planned["tokens_per_s"],
         "predicted_dense_split_tokens_per_s": planned["dense_split_tokens_per_s"],
         "doctor": doctor,
@@ -97,7 +99,11 @@ def main() -> None:
     wanted = parser.parse_args()
     record = measure(wanted)
     write_atomically(wanted.output, (json.dumps(record, indent=1) + "\n").encode())
-    print(json.dumps({name: record[name] for name in ("gpu_memory_gb", "tokens_per_s", "predicted_tokens_per_s")}))
+    print(
+        json.dumps(
+            {name: record[name] for name in ("gpu_memory_gb", "vram_bytes", "tokens_per_s", "predicted_tokens_per_s")}
+        )
+    )
 
 
 if __name__ == "__main__":

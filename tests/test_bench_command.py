@@ -237,6 +237,19 @@ def test_json_against_llama_cpp(
     assert llama["decode_ratio"]["p50"] == 1
 
 
+def test_memory_of_a_placement_is_told(
+    fixed_bandwidth: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model = str(write_tiny_llama(tmp_path / "m.gguf"))
+    flags = ["--method", "dense", "--device", "emulated", "--json"]
+    held = []
+    for layers in ("0", "1", "-1"):
+        assert run(["bench", "-m", model, *SMALL, *flags, "--gpu-layers", layers]) == OK
+        (dense,) = json.loads(capsys.readouterr().out.splitlines()[-1])["contestants"]
+        held.append(dense["vram_bytes"])
+    assert 0 == held[0] < held[1] < held[2]
+
+
 def test_the_table_without_llama_cpp(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

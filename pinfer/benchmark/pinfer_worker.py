@@ -42,6 +42,7 @@ class Pinfer:
             "decode_tokens_per_s": decode.tokens_per_s,
             "density": decode.density,
             "peak_rss_bytes": peak_rss_bytes(),
+            "vram_bytes": decode.vram_bytes,
         }
 
     def _generate(self, prompt: list[int], max_tokens: int) -> GenerationStats:

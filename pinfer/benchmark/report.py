@@ -14,12 +14,13 @@ from pinfer.benchmark.weight_bytes import StepBytes
 
 @dataclass(frozen=True)
 class Turn:
-    """One contestant's figures of one round; density is that of decode."""
+    """One contestant's figures of one round; density is that of decode, vram_bytes the most it held on a GPU."""
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     density: float
     peak_rss_bytes: int
+    vram_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class ContestantReport:
     bandwidth_share: float | None
     density: float
     peak_rss_bytes: int
+    vram_bytes: int
     prefill_ratio: Spread
     decode_ratio: Spread
 
@@ -110,6 +112,7 @@ def contestant_report(
         bandwidth_share=None if bandwidth is None else decode_bytes_per_s / bandwidth.p50,
         density=density,
         peak_rss_bytes=max(turn.peak_rss_bytes for turn in turns),
+        vram_bytes=max(turn.vram_bytes for turn in turns),
         prefill_ratio=Spread.of(
             [ours / other.prefill_tokens_per_s for ours, other in zip(prefill, baseline, strict=True)]
         ),
