@@ -68,7 +68,7 @@ class Bench:
         }
         whole = [cast(SparseFFN, block.ffn) for block in self.model.blocks]
         self.layers = [_split(ffn, wanted) for ffn in whole]
-        self.inputs = self._inputs()
+        self.inputs = layer_inputs(engine, TOKENS)
         self.x, self.residual = torch.empty(2, 1, engine.config.d_model)
         with engine.computing():
             self.ffns = {name: [self._ffn(ffn) for ffn in self._use(lane)] for name, lane in self.forms.items()}
@@ -80,24 +80,6 @@ class Bench:
         for block, ffn in zip(self.model.blocks, ffns, strict=True):
             block.ffn = ffn
         return ffns
-
-    def _inputs(self) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Each layer's inputs and residuals, float32 [1, D] each, at some tokens."""
-        seen: list[list[Any]] = [[] for _ in self.model.blocks]
-        hooks = [
-            block.ffn.register_forward_hook(
-                lambda _, x, named, y, into=into: into.append((x[0].clone(), named["residual"].clone())),
-                with_kwargs=True,
-            )
-            for block, into in zip(self.model.blocks, seen, strict=True)
-        ]
-        cache = self.model.new_cache()
-        with self.engine.computing():
-            for token in TOKENS:
-                self.model(torch.tensor([token]), cache)
-        for hook in hooks:
-            hook.remove()
-        return seen
 
     def _ffn(self, ffn: HybridFFN) -> Program:
         with programs.record(torch.get_num_threads()) as program:
@@ -135,6 +117,26 @@ class Bench:
             if sweep and None not in times:
                 break
         return times
+
+
+def layer_inputs(engine: Engine, tokens: Iterable[int]) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Each layer's inputs and residuals, float32 [1, D] each, at some tokens."""
+    model = engine.model
+    seen: list[list[Any]] = [[] for _ in model.blocks]
+    hooks = [
+        block.ffn.register_forward_hook(
+            lambda _, x, named, y, into=into: into.append((x[0].clone(), named["residual"].clone())),
+            with_kwargs=True,
+        )
+        for block, into in zip(model.blocks, seen, strict=True)
+    ]
+    cache = model.new_cache()
+    with engine.computing():
+        for token in tokens:
+            model(torch.tensor([token]), cache)
+    for hook in hooks:
+        hook.remove()
+    return seen
 
 
 def timed(run: Callable[[], object]) -> float | None:

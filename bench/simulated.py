@@ -22,7 +22,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from bench.hybrid import Parts, timed
+from bench.hybrid import Parts, layer_inputs, timed
 from pinfer.benchmark.environment import environment
 from pinfer.benchmark.other_load import OtherLoad
 from pinfer.config import RunConfig
@@ -51,29 +51,11 @@ class Bench:
         gpu_bandwidth = GB * wanted.gpu_bandwidth
         self.whole = [cast(SparseFFN, block.ffn) for block in engine.model.blocks]
         self.lane = Emulated([Place(1)], Delays(bandwidth=gpu_bandwidth), timeout_s=60.0)
-        self.inputs = self._inputs()
+        self.inputs = layer_inputs(engine, TOKENS)
         self.x, self.residual = torch.empty(2, 1, engine.config.d_model)
         shape = model_shape(engine.gguf, engine.config, engine.method, rearranged=False)
         machine = Hardware("emulated", 0, gpu_bandwidth, 1.0, sync_s=0.0)
         self.problem = Problem(shape, rates, machine, 1, filled=0)
-
-    def _inputs(self) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Each layer's inputs and residuals, float32 [1, D] each, at some tokens."""
-        seen: list[list[Any]] = [[] for _ in self.whole]
-        hooks = [
-            ffn.register_forward_hook(
-                lambda _, x, named, y, into=into: into.append((x[0].clone(), named["residual"].clone())),
-                with_kwargs=True,
-            )
-            for ffn, into in zip(self.whole, seen, strict=True)
-        ]
-        cache = self.engine.model.new_cache()
-        with self.engine.computing():
-            for token in TOKENS:
-                self.engine.model(torch.tensor([token]), cache)
-        for hook in hooks:
-            hook.remove()
-        return seen
 
     def plan(self, share: float) -> Plan:
         """The hottest share of every layer's neurons on the device."""
