@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pinfer.cli.main import OK
+from pinfer.cli.main import BAD_INPUT, OK
 from pinfer.cli.main import run as cli
 from pinfer.config import RunConfig, SamplingConfig
 from pinfer.engine import SHIPPED_MODEL, Engine, Generation, load, load_engine
@@ -165,6 +165,18 @@ def test_the_estimate_covers_what_is_placed(llama: Path, seed: int, data: st.Dat
             placer(llama, Emulated(estimate - 1)).checked(plan, "random")
 
 
+@pytest.mark.parametrize("context", [1025, 20_000])
+def test_a_budget_of_the_estimate_is_enough_for_a_long_context(tmp_path: Path, context: int) -> None:
+    """The tables of the rotary embedding, of which Gemma has two, grow with it."""
+    path = write_tiny_gemma3(tmp_path / "g.gguf", weight_type="Q8_0", context=context)
+    run = dataclasses.replace(run_config(path, gpu_layers=1, method="dense"), context=context)
+    found = load_engine(run).placement
+    assert found is not None
+    engine = load_engine(dataclasses.replace(run, gpu_memory_gb=found.estimate.gpu_bytes / 1e9))
+    assert not [note for note in engine.notes if "out of GPU memory" in note]
+    assert engine.vram_bytes <= found.placed_bytes + found.estimate.gpu["rope"]
+
+
 class Short(Emulated):
     """A device with less memory than it says."""
 
@@ -223,6 +235,25 @@ def test_an_account_counts_to_its_limit() -> None:
         account.take(41)
     account.take(40)
     assert (account.used, account.peak) == (100, 100)
+
+
+def test_an_evaluation_of_a_dense_run_is_placed_as_well(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("hello the world " * 20)
+    arguments = ["eval", "-m", str(llama), "-f", str(text), "--window", "32", "--windows", "1", "--method", "dense"]
+    emulated = ["--device", "emulated", "--gpu-layers", "2"]
+    assert cli([*arguments, *emulated]) == OK
+    assert "2 of 4 layers wholly on the emulated GPU" in capsys.readouterr().err
+    assert cli([*arguments, *emulated, "--gpu-memory-gb", "0.00001"]) == BAD_INPUT
+    assert "the budget is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["generate", "-p", "hello"], ["eval"]])
+def test_a_cold_fraction_beside_a_device_is_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli([*command, "--device", "emulated", "--cold-fraction", "0.5"]) == BAD_INPUT
+    assert "cold_fraction 0.5 has no meaning with device emulated" in capsys.readouterr().err
 
 
 def test_an_evaluation_runs_a_placement(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

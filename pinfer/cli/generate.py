@@ -144,7 +144,7 @@ def generate(
         record=record,
         numa=numa,
         predictor_path=predictor_path,
-        device="cpu" if cold_fraction else device,
+        device="cpu" if cold_fraction and device == "auto" else device,
         plan=plan,
         gpu_layers=gpu_layers,
         gpu_memory_gb=gpu_memory_gb,
