@@ -88,6 +88,8 @@ def test_without_a_gpu_a_run_goes_on_and_says_so(llama: Path, monkeypatch: pytes
     assert "--gpu-memory-gb 16" in note
     assert "no CUDA device" in note
     assert "--device emulated" in note
+    on_cpu = load_engine(run_config(llama, device="auto", backend="cpu", gpu_layers=20))
+    assert any("--gpu-layers 20: backend is cpu" in note for note in on_cpu.notes)
     with pytest.raises(ValueError, match="device cuda: torch finds no CUDA device"):
         load_engine(run_config(llama, device="cuda"))
 

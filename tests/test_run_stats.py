@@ -84,6 +84,20 @@ def test_a_split_run_is_counted_as_a_whole_one(
     assert all(one.observe is None for ffn in split.model.ffns() for one in ffn.modules() if isinstance(one, SparseFFN))
 
 
+def test_counts_are_of_the_decode_steps_of_all_generations(llama: Path) -> None:
+    engine = load_with(llama, None)
+    statistics = RunStatistics(engine)
+    expected = []
+    for _ in range(2):
+        generated(engine, statistics)
+        expected.append([ffn.activity.active for ffn in engine.model.ffns() if isinstance(ffn, SparseFFN)])
+    last = Generation(engine, PROMPT, max_tokens=1, sampling=SamplingConfig(temperature=0), statistics=statistics)
+    assert len(list(last)) <= 1, "its one token comes out of the prompt"
+    steps = 2 * (TOKENS - 1)
+    for number, layer in enumerate(statistics.layers()):
+        assert layer.density == pytest.approx(sum(one[number] for one in expected) / (steps * NEURONS))
+
+
 def test_what_crosses_is_counted_wherever_a_layer_lies(llama: Path, tmp_path: Path) -> None:
     """Attention on the GPU with its FFN on the CPU, the other way round, and a hot shard beside attention on the CPU."""
     n_hot = (0, NEURONS, NEURONS // 2)

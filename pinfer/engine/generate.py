@@ -108,6 +108,8 @@ class Generation:
             yield from self._run()
         finally:  # an interrupted one may be continued as well
             self._state = "done"
+            if self._statistics is not None and self._steps:
+                self._statistics.count()
 
     def _run(self) -> Iterator[str]:
         sparsify.reset_activity(self._engine.model)

@@ -105,11 +105,19 @@ class _Layer:
         self.ids = [hot.nonzero().flatten(), *dealt] if count else [torch.arange(hot.numel())]
         self.timed = _Timed(None if self.hybrid is None else self.hybrid.lane)
         n = hot.numel()
-        self.samples = self.n_fired = self.n_caught = 0
+        self.samples = self.n_fired = self.n_caught = self._tokens = 0
+        self._actives = [0.0] * len(self.shards)
         self.fired, self.named = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
         self.mass = torch.zeros(2, n, dtype=torch.float64)  # of samples by turns
         self._norms: dict[int, torch.Tensor] = {}
         self._now: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def count(self) -> None:
+        """Add what the shards have counted since they were last reset."""
+        self._actives = [
+            sum(pair) for pair in zip(self._actives, (one.activity.active for one in self.shards), strict=True)
+        ]
+        self._tokens += self.shards[0].activity.tokens
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -165,8 +173,7 @@ class _Layer:
         self.samples += 1
 
     def run(self, number: int, attention: str, width: int) -> LayerRun:
-        actives = [shard.activity.active for shard in self.shards]
-        tokens, n = self.shards[0].activity.tokens, self.is_hot.numel()
+        actives, tokens, n = self._actives, self._tokens, self.is_hot.numel()
         hot = sum(a for a, ids in zip(actives, self.ids, strict=True) if self.is_hot[ids[:1]].any())
         wall, n_cold = self.timed.wall_s, len(self.shards) - 1
         named = (sum(actives) - hot) / tokens if tokens else 0.0
@@ -245,8 +252,13 @@ class RunStatistics:
                 sampled.enter_context(layer.clocked() if clocked else layer.watched())
             yield
 
+    def count(self) -> None:
+        """Add the decode steps that a generation has made: it resets the counts where they begin."""
+        for layer in self._layers:
+            layer.count()
+
     def layers(self) -> list[LayerRun]:
-        """Every layer since the counts were reset, as a generation does where decode begins."""
+        """Every layer, over all decode steps that were counted."""
         pairs = zip(self._layers, self._attention, strict=True)
         return [layer.run(number, place, self._width) for number, (layer, place) in enumerate(pairs)]
 
