@@ -115,6 +115,14 @@ def test_a_plan_file_is_run(llama: Path, tmp_path: Path) -> None:
     assert both.placement.n_layers == 2
 
 
+def test_a_plan_of_whole_layers_runs_a_dense_model(llama: Path, tmp_path: Path) -> None:
+    plan = written(tmp_path, Plan.whole_layers(LAYERS, NEURONS, 3))
+    engine = load_engine(run_config(llama, method="dense", plan=plan))
+    assert engine.placement is not None
+    assert (engine.placement.n_layers, engine.placement.source) == (3, f"plan {plan}")
+    assert drawn(engine) == drawn(load_engine(run_config(llama, method="dense", device="cpu")))
+
+
 def test_a_plan_that_does_not_belong_here_is_refused(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a plan of 3 layers for a model of 4"):
         load_engine(run_config(llama, plan=written(tmp_path, half(3))))
