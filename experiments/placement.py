@@ -79,7 +79,7 @@ def real(args: argparse.Namespace) -> Iterator[tuple[str, Problem, Subject]]:
             + layer.on("gpu").neuron_bytes * layer.n_neurons
             for layer in subject.shape.layers
         ) + subject.shape.head("gpu")
-        fixed = -capacity(subject.shape, 0, SMALL_RESERVES)
+        fixed = -capacity(subject.shape, 0, REAL_CONTEXT, SMALL_RESERVES)
         for share in SHARES:
             budget = int((share * everything + fixed) * (1 + SMALL_RESERVES.margin))
             yield name, dataclasses.replace(problem, budget_bytes=budget), subject

@@ -238,11 +238,12 @@ class HybridFFN(nn.Module):
     ) -> HybridFFN:
         """The shards of an FFN, each by its neurons' numbers int64 [H]; together they are to be all of them.
 
-        A single cold part is dealt by turns to as many shards as the lane computes beside each other.
+        A single cold part is dealt by turns to as many shards as the lane computes beside each other, none of them empty.
         one_predictor: whether the hot shard's device predicts for all.
         """
         if len(cold) == 1 and lane is not None:
-            cold = [cold[0][turn :: lane.n_cold] for turn in range(lane.n_cold)]
+            turns = min(lane.n_cold, max(1, cold[0].numel()))  # no shard without a neuron
+            cold = [cold[0][turn::turns] for turn in range(turns)]
         if not one_predictor:
             shards = [whole.shard(part, compensated=i == 0) for i, part in enumerate((hot, *cold))]
             return cls(shards[0], shards[1:], lane)

@@ -97,13 +97,15 @@ def _write(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
-def _add_shape(writer: gguf.GGUFWriter, n_layers: int, d_model: int, d_ffn: int, n_heads: int, n_kv_heads: int) -> None:
+def _add_shape(
+    writer: gguf.GGUFWriter, n_layers: int, d_model: int, d_ffn: int, n_heads: int, n_kv_heads: int, context: int = 256
+) -> None:
     writer.add_block_count(n_layers)
     writer.add_embedding_length(d_model)
     writer.add_feed_forward_length(d_ffn)
     writer.add_head_count(n_heads)
     writer.add_head_count_kv(n_kv_heads)
-    writer.add_context_length(256)
+    writer.add_context_length(context)
     writer.add_layer_norm_rms_eps(1e-5)
 
 
@@ -160,6 +162,7 @@ def write_tiny_gemma3(
     vocab: Vocab | None = None,
     weight_type: str = "F32",
     seed: int = 0,
+    context: int = 256,
 ) -> Path:
     """Write a random gemma3 model with an SPM vocabulary and tied output; returns `path`.
 
@@ -169,7 +172,7 @@ def write_tiny_gemma3(
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "gemma3")
     writer.add_name("tiny gemma3")
-    _add_shape(writer, n_layers, d_model, d_ffn, n_heads, n_kv_heads)
+    _add_shape(writer, n_layers, d_model, d_ffn, n_heads, n_kv_heads, context)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_rope_freq_base(1e6)

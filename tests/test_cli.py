@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from pinfer.cli.main import BAD_INPUT, FAILED, INTERRUPTED, OK, run
 from pinfer.config import RunConfig, SamplingConfig
+from pinfer.models import KVCache, Transformer
 from pinfer.placement.statistics import from_tensors
 from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
 
@@ -209,11 +210,19 @@ def test_interactive_reads_lines_and_keeps_the_conversation(
 def test_interactive_outlives_a_full_context(
     model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    caches: list[KVCache] = []
+
+    def new_cache(model: Transformer) -> KVCache:
+        caches.append(KVCache(model.config, model.context))
+        return caches[-1]
+
+    monkeypatch.setattr(Transformer, "new_cache", new_cache)
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n" * 6))
     assert run(["generate", "-m", model, "-i", "-n", "5", "-c", "16", "--ignore-eos"]) == OK
     err = capsys.readouterr().err
     assert "earlier lines are forgotten" in err
     assert err.count("density") == 6
+    assert len(caches) == 1, "a GPU that is full has no room for a second"
 
 
 def failing(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = BAD_INPUT) -> str:

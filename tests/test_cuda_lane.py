@@ -29,7 +29,7 @@ from pinfer.overlap.cuda import STAGES, Stage, Staged, cuda
 from pinfer.overlap.device import Device
 from pinfer.overlap.driver import Driver
 from tests.gguf_files import write_tiny_llama
-from tests.test_overlap import greedy, split
+from tests.test_overlap import PROMPT, greedy, split
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 pytestmark = pytest.mark.skipif(core_problem() is not None, reason=f"no CPU core: {core_problem()}")
@@ -378,6 +378,28 @@ class Faulty(Lane):
 
     def close(self) -> None:
         self.inner.close()
+
+
+def test_a_proven_step_that_fails_later_is_recorded_anew_as_well(model_path: Path) -> None:
+    engine = load_engine(RunConfig(model=str(model_path), method="exact", threads=1))
+    expected = greedy(engine)[0]
+    lane = Faulty(fails=True, levels=1)
+    lane.bad.zero_()
+    split(engine, lane, 50)
+    cache = engine.model.new_cache()
+    with engine.computing():
+        token = int(
+            engine.model(torch.tensor([t % engine.config.vocab_size for t in PROMPT]), cache, last_only=True).argmax()
+        )
+        step, drawn = DecodeStep(engine.model, cache), [token]
+        for number in range(len(expected) - 1):
+            lane.bad.fill_(5 if number == 4 else 0)
+            drawn.append(token := int(step(token).argmax()))
+            assert step.recorded == (number != 4)
+    assert drawn == expected
+    assert len(step.remarks) == 1
+    lane.bad.fill_(5)
+    lane.close()
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -153,12 +153,12 @@ def test_capacity_is_what_the_budget_leaves_to_the_byte(problem: Problem, seed: 
     plan = random_plan(problem, seed)
     found = problem.memory(plan)
     if found.gpu:
-        fixed = {*fixed_items(problem.shape, problem.reserves), "margin"}
+        fixed = {*fixed_items(problem.shape, problem.context, problem.reserves), "margin"}
         weights = sum(count for name, count in found.gpu.items() if name not in fixed)
-        room = capacity(problem.shape, problem.budget, problem.reserves)
+        room = capacity(problem.shape, problem.budget, problem.context, problem.reserves)
         assert (weights <= room) == (found.gpu_bytes <= problem.budget)
-        assert capacity(problem.shape, found.gpu_bytes, problem.reserves) >= weights
-        assert capacity(problem.shape, found.gpu_bytes - 1, problem.reserves) < weights
+        assert capacity(problem.shape, found.gpu_bytes, problem.context, problem.reserves) >= weights
+        assert capacity(problem.shape, found.gpu_bytes - 1, problem.context, problem.reserves) < weights
         rest = found.gpu_bytes - found.gpu["margin"]
         assert found.gpu["margin"] == math.ceil(problem.reserves.margin * rest)
 

@@ -223,6 +223,20 @@ def test_a_prompt_whose_weights_are_brought_to_the_device_gives_the_same(
     assert results[0][1] == results[1][1]
 
 
+def test_fewer_cold_neurons_than_workers_make_fewer_shards(wide: Path) -> None:
+    """Prompts too, whose weights are brought: of a shard without a neuron there would be no piece."""
+    lane = emulated([Place()] * 3, prefill=PrefillCosts(cpu_bandwidth=1e9, to_gpu_bandwidth=2e9))
+    engine = engine_for(wide, method="exact", precision="float32")
+    whole = cast(SparseFFN, engine.model.ffns()[0])
+    n = whole.weights.n_neurons
+    hybrid = HybridFFN.of(whole, torch.arange(n - 2), [torch.arange(n - 2, n)], lane)
+    assert [shard.weights.n_neurons for shard in hybrid._cold] == [1, 1]
+    with engine.computing():
+        x = torch.randn(4, engine.config.d_model, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(hybrid(x, x), whole(x, x), rtol=1e-4, atol=1e-4)
+    lane.close()
+
+
 def test_a_batch_is_streamed_where_that_is_faster() -> None:
     """A 70B layer's cold half in 4.5 bits: 176 M weights, 99 MB, at 25 GB/s over the bus, 1 TFLOP/s of the CPU."""
     costs = PrefillCosts(cpu_bandwidth=60e9, to_gpu_bandwidth=25e9, cpu_flops=1e12, gpu_flops=100e12)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pinfer.cli.main import OK
+from pinfer.cli.main import BAD_INPUT, OK
 from pinfer.cli.main import run as cli
 from pinfer.config import RunConfig, SamplingConfig
 from pinfer.engine import SHIPPED_MODEL, Engine, Generation, load, load_engine
@@ -89,6 +89,8 @@ def test_without_a_gpu_a_run_goes_on_and_says_so(llama: Path, monkeypatch: pytes
     assert "--gpu-memory-gb 16" in note
     assert "no CUDA device" in note
     assert "--device emulated" in note
+    on_cpu = load_engine(run_config(llama, device="auto", backend="cpu", gpu_layers=20))
+    assert any("--gpu-layers 20: backend is cpu" in note for note in on_cpu.notes)
     with pytest.raises(ValueError, match="device cuda: torch finds no CUDA device"):
         load_engine(run_config(llama, device="cuda"))
 
@@ -117,8 +119,7 @@ def test_a_plan_file_is_run(llama: Path, tmp_path: Path) -> None:
 def test_prompts_bring_cold_weights_where_that_was_measured_to_be_faster(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "plan.json"
-    path.write_text(json.dumps(Plan.uniform(LAYERS, NEURONS, 0.5).to_plain()))
+    path = written(tmp_path, Plan.uniform(LAYERS, NEURONS, 0.5))
     ways: list[str] = []
     brought = Emulated.lane
 
@@ -134,9 +135,17 @@ def test_prompts_bring_cold_weights_where_that_was_measured_to_be_faster(
     for to_gpu in (1.0, 1e15):
         rates = Rates({1: 1e9}, GpuRates(1e12, to_gpu, 1e9, 1e-5, 1e-6, 1e-6), 1e9)
         monkeypatch.setattr(load, "kept_rates", lambda _, rates=rates: rates)
-        texts.append(drawn(load_engine(run_config(llama, method="exact", plan=str(path), precision="float32"))))
+        texts.append(drawn(load_engine(run_config(llama, method="exact", plan=path, precision="float32"))))
         assert ways == ([] if to_gpu == 1.0 else ["brought"] * LAYERS)
     assert texts[0] == texts[1]
+
+
+def test_a_plan_of_whole_layers_runs_a_dense_model(llama: Path, tmp_path: Path) -> None:
+    plan = written(tmp_path, Plan.whole_layers(LAYERS, NEURONS, 3))
+    engine = load_engine(run_config(llama, method="dense", plan=plan))
+    assert engine.placement is not None
+    assert (engine.placement.n_layers, engine.placement.source) == (3, f"plan {plan}")
+    assert drawn(engine) == drawn(load_engine(run_config(llama, method="dense", device="cpu")))
 
 
 def test_a_plan_that_does_not_belong_here_is_refused(llama: Path, tmp_path: Path) -> None:
@@ -189,6 +198,18 @@ def test_the_estimate_covers_what_is_placed(llama: Path, seed: int, data: st.Dat
     if estimate:
         with pytest.raises(ValueError, match="the most that fits"):
             placer(llama, Emulated(estimate - 1)).checked(plan, "random")
+
+
+@pytest.mark.parametrize("context", [1025, 20_000])
+def test_a_budget_of_the_estimate_is_enough_for_a_long_context(tmp_path: Path, context: int) -> None:
+    """The tables of the rotary embedding, of which Gemma has two, grow with it."""
+    path = write_tiny_gemma3(tmp_path / "g.gguf", weight_type="Q8_0", context=context)
+    run = dataclasses.replace(run_config(path, gpu_layers=1, method="dense"), context=context)
+    found = load_engine(run).placement
+    assert found is not None
+    engine = load_engine(dataclasses.replace(run, gpu_memory_gb=found.estimate.gpu_bytes / 1e9))
+    assert not [note for note in engine.notes if "out of GPU memory" in note]
+    assert engine.vram_bytes <= found.placed_bytes + found.estimate.gpu["rope"]
 
 
 class Short(Emulated):
@@ -249,6 +270,25 @@ def test_an_account_counts_to_its_limit() -> None:
         account.take(41)
     account.take(40)
     assert (account.used, account.peak) == (100, 100)
+
+
+def test_an_evaluation_of_a_dense_run_is_placed_as_well(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("hello the world " * 20)
+    arguments = ["eval", "-m", str(llama), "-f", str(text), "--window", "32", "--windows", "1", "--method", "dense"]
+    emulated = ["--device", "emulated", "--gpu-layers", "2"]
+    assert cli([*arguments, *emulated]) == OK
+    assert "2 of 4 layers wholly on the emulated GPU" in capsys.readouterr().err
+    assert cli([*arguments, *emulated, "--gpu-memory-gb", "0.00001"]) == BAD_INPUT
+    assert "the budget is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["generate", "-p", "hello"], ["eval"]])
+def test_a_cold_fraction_beside_a_device_is_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli([*command, "--device", "emulated", "--cold-fraction", "0.5"]) == BAD_INPUT
+    assert "cold_fraction 0.5 has no meaning with device emulated" in capsys.readouterr().err
 
 
 def test_an_evaluation_runs_a_placement(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

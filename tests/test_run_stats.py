@@ -10,6 +10,7 @@ import torch
 
 from pinfer.config import RunConfig, SamplingConfig
 from pinfer.engine import Engine, Generation, load, load_engine, run_stats
+from pinfer.engine.place import Elsewhere
 from pinfer.engine.run_stats import RunStatistics
 from pinfer.ffn import HybridFFN, SparseFFN
 from pinfer.kernels.registry import use_backend
@@ -79,8 +80,51 @@ def test_a_split_run_is_counted_as_a_whole_one(
         assert layer.gpu_busy is not None
         assert layer.cpu_busy is not None
         assert min(layer.gpu_busy, layer.cpu_busy) > 0
-        assert layer.transfer_bytes == 8 * split.config.d_model
+        assert layer.transfer_bytes == 4 * 3 * shards * split.config.d_model  # x, the residual and the sum
     assert all(one.observe is None for ffn in split.model.ffns() for one in ffn.modules() if isinstance(one, SparseFFN))
+
+
+def test_counts_are_of_the_decode_steps_of_all_generations(llama: Path) -> None:
+    engine = load_with(llama, None)
+    statistics = RunStatistics(engine)
+    expected = []
+    for _ in range(2):
+        generated(engine, statistics)
+        expected.append([ffn.activity.active for ffn in engine.model.ffns() if isinstance(ffn, SparseFFN)])
+    last = Generation(engine, PROMPT, max_tokens=1, sampling=SamplingConfig(temperature=0), statistics=statistics)
+    assert len(list(last)) <= 1, "its one token comes out of the prompt"
+    steps = 2 * (TOKENS - 1)
+    for number, layer in enumerate(statistics.layers()):
+        assert layer.density == pytest.approx(sum(one[number] for one in expected) / (steps * NEURONS))
+
+
+def test_what_crosses_is_counted_wherever_a_layer_lies(llama: Path, tmp_path: Path) -> None:
+    """Attention on the GPU with its FFN on the CPU, the other way round, and a hot shard beside attention on the CPU."""
+    n_hot = (0, NEURONS, NEURONS // 2)
+    layers = [
+        LayerPlan(home, torch.arange(NEURONS) < count)  # type: ignore[arg-type]
+        for home, count in zip(("gpu", "cpu", "cpu"), n_hot, strict=True)
+    ]
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(Plan(tuple(layers), "cpu").to_plain()))
+    engine = load_with(llama, str(path))
+    for block in engine.model.layers:  # as a card would have them: an emulated one is the CPU
+        block.ffn = Elsewhere(block.ffn, torch.device("cpu"))
+    statistics = RunStatistics(engine)
+    generated(engine, statistics)
+    assert [layer.transfer_bytes for layer in statistics.layers()] == [
+        12 * engine.config.d_model, 12 * engine.config.d_model, 24 * engine.config.d_model
+    ]  # fmt: skip
+
+
+def test_busy_shares_of_several_cold_shards_are_their_mean(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "_cold_places", lambda run: [Place(1)] * 2)
+    statistics = RunStatistics(load_with(llama, plan_file(tmp_path)))
+    timed = statistics._layers[0].timed
+    timed.gpu_s, timed.cpu_s, timed.wall_s = 0.5, 1.5, 1.0
+    assert (statistics.layers()[0].gpu_busy, statistics.layers()[0].cpu_busy) == (0.5, 0.75)
 
 
 def test_recall_tells_of_neurons_that_are_missed(llama: Path) -> None:

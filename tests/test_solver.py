@@ -32,7 +32,7 @@ RTX_4090 = Hardware("RTX 4090", 24 * 10**9, 1008e9, 80e9)
 
 
 def room_of(problem: Problem) -> int:
-    return max(0, capacity(problem.shape, problem.budget, problem.reserves))
+    return max(0, capacity(problem.shape, problem.budget, problem.context, problem.reserves))
 
 
 @FEW

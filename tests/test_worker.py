@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -124,6 +126,47 @@ def test_a_list_from_elsewhere_is_checked(listed: list[int], count: int, good: b
         with pytest.raises(StepFailed, match="not there"):
             checked.run()
     assert bool(y.any()) == good
+
+
+STOPPED = """
+import threading, torch
+from pinfer.kernels.cpp import binding
+from pinfer.kernels.cpp.program import Program
+from pinfer.kernels.cpp.worker import Job, Place, Worker
+from pinfer.overlap.stream import Stream
+import time
+
+mark, program = torch.zeros(2, dtype=torch.int64), Program(1)
+for _ in range(12):
+    fields = mark.data_ptr(), None, 0.05, 0.0
+    program.append(binding.Mark(*fields), (mark,))
+    program.append(binding.Pace(*fields), (mark,))
+job, stream = Job(Worker(Place(), timeout_s=1.5), program), Stream(1.5)
+
+def slow():
+    for _ in range(12):
+        time.sleep(0.05)
+    return torch.ones(1)
+
+job.submit()
+with stream.running(slow) as task:
+    print("running", flush=True)
+    job.wait()
+    task.result(1.5)
+print("done", flush=True)
+"""
+
+
+def test_a_process_that_is_stopped_and_continued_goes_on() -> None:
+    """Ctrl-Z and fg: nobody could answer meanwhile, so it does not count as waiting."""
+    with subprocess.Popen([sys.executable, "-c", STOPPED], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "running\n"
+        time.sleep(0.2)  # until it waits
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(2.0)
+        process.send_signal(signal.SIGCONT)
+        assert process.stdout.read() == "done\n"
 
 
 def test_a_failing_job_fails_the_program_that_joins_it(worker: Worker) -> None:

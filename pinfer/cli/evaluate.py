@@ -117,7 +117,7 @@ def evaluate_command(
         predictor_rank=predictor_rank,
         recall=recall,
         predictor_path=predictor_path,
-        device="cpu" if cold_fraction else device,
+        device="cpu" if cold_fraction and device == "auto" else device,
         plan=plan,
         gpu_layers=gpu_layers,
         gpu_memory_gb=gpu_memory_gb,
@@ -127,13 +127,9 @@ def evaluate_command(
         check_writable(Path(output))
     content = read_prompt(None, str(EVALUATION_TEXT) if text is None else text)
     assert content is not None  # a file was named
-    on_cpu = dataclasses.replace(run.densely(), device="cpu", gpu_layers=None, gpu_memory_gb=None)
-    dense = load_engine(on_cpu, note)
-    run = dataclasses.replace(run, method=what_to_run(run, dense.config, dense.gguf)[0])
-    passage = _passage(dense, text, content, (window, stride, windows))
     started = time.perf_counter()
-    # `load_engine` refuses a cold fraction of a dense run.
-    sparse = load_engine(run, note) if run.method != "dense" or run.cold_fraction else None
+    run, dense, sparse = _engines(run)
+    passage = _passage(dense, text, content, (window, stride, windows))
     for remark in (sparse or dense).notes:
         note(remark)
     with dense.computing():
@@ -147,6 +143,20 @@ def evaluate_command(
         emit_json(about | figures(summary) | spent)
     else:
         print_summary(summary, about)
+
+
+def _engines(run: RunConfig) -> tuple[RunConfig, Engine, Engine | None]:
+    """The run with its method resolved, the model dense on the CPU, and the run's own unless that is the same.
+
+    A dense run that asks for a GPU is placed itself, and has nothing beside it.
+    """
+    on_cpu = dataclasses.replace(run.densely(), device="cpu", gpu_layers=None, gpu_memory_gb=None)
+    dense = load_engine(on_cpu, note)
+    run = dataclasses.replace(run, method=what_to_run(run, dense.config, dense.gguf)[0])
+    if run.method != "dense" or run.cold_fraction:  # `load_engine` refuses a cold fraction of a dense run
+        return run, dense, load_engine(run, note)
+    asks_for_gpu = any(asked is not None for asked in (run.plan, run.gpu_layers, run.gpu_memory_gb))
+    return run, load_engine(run, note) if asks_for_gpu else dense, None
 
 
 def _passage(engine: Engine, name: str | None, content: str, sizes: tuple[int, int, int | None]) -> _Text:

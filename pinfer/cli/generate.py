@@ -144,7 +144,7 @@ def generate(
         record=record,
         numa=numa,
         predictor_path=predictor_path,
-        device="cpu" if cold_fraction else device,
+        device="cpu" if cold_fraction and device == "auto" else device,
         plan=plan,
         gpu_layers=gpu_layers,
         gpu_memory_gb=gpu_memory_gb,
@@ -206,7 +206,10 @@ class _Task:
             if len(ids) < self.engine.model.context:
                 return self.continue_from(ids, before)
             note("the context is full: earlier lines are forgotten (--ctx-size)")
-        return self.continue_from(self.encode(line))
+        ids = self.encode(line)
+        if before is not None:
+            before.forget()  # there may be no room for a second cache
+        return self.continue_from(ids, before)
 
     def continue_from(self, ids: list[int], before: Generation | None = None) -> Generation:
         return Generation(

@@ -108,6 +108,8 @@ class Generation:
             yield from self._run()
         finally:  # an interrupted one may be continued as well
             self._state = "done"
+            if self._statistics is not None and self._steps:
+                self._statistics.count()
 
     def _run(self) -> Iterator[str]:
         sparsify.reset_activity(self._engine.model)
@@ -125,15 +127,23 @@ class Generation:
         ValueError unless the prompt repeats every token the cache holds and has one more, and for a
         generation that is still running or has handed its cache over before.
         """
-        if self._state == "running":
-            raise ValueError("the earlier generation is still running")
-        if self._state == "handed over":
-            raise ValueError("the earlier generation has handed its cache over already")
+        self._check_over()
         held = (self.prompt + self.ids)[: self._cache.length]
         if len(prompt) <= len(held) or list(prompt[: len(held)]) != held:
             raise ValueError("the prompt does not continue the earlier generation")
         self._state = "handed over"
         return self._cache
+
+    def forget(self) -> None:
+        """Empty the cache: any prompt may go on from this generation, in the memory that it has. ValueError as above."""
+        self._check_over()
+        self._cache.length = 0
+
+    def _check_over(self) -> None:
+        if self._state == "running":
+            raise ValueError("the earlier generation is still running")
+        if self._state == "handed over":
+            raise ValueError("the earlier generation has handed its cache over already")
 
     def _prefill(self) -> torch.Tensor:
         began = time.perf_counter()

@@ -203,6 +203,8 @@ def _without_gpu(run: RunConfig) -> list[str]:
     if not given:
         return []
     why = NO_CUDA if run.device == "auto" else f"device is {run.device}"
+    if run.device == "auto" and run.backend == "cpu":
+        why = "backend is cpu"
     return [
         f"{', '.join(given)}: {why}, so everything is computed on the CPU; "
         "--device emulated runs the same placement on it, as if there were a GPU"

@@ -130,9 +130,10 @@ class Placer:
     def _given(self, limit: int | None) -> tuple[Plan | None, str]:
         """The plan of --plan, or the directory's unless it was made for another budget than the one there is."""
         if self.run.plan is not None:
-            if self.method in READS_ALL:
+            plan = read_plan(self.run.plan)
+            if self.method in READS_ALL and any(0 < layer.n_hot < layer.hot.numel() for layer in plan.layers):
                 raise ValueError(f"--plan {self.run.plan} splits neurons, which the {self.method} method does not name")
-            return read_plan(self.run.plan), f"plan {self.run.plan}"
+            return plan, f"plan {self.run.plan}"
         if self.method in READS_ALL or self.solved is None or not self.solved.has(PLAN):
             return None, ""
         plan = Plan.from_plain(self.solved.read_json(PLAN))

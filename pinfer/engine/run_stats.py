@@ -28,7 +28,7 @@ from pinfer.predictors import Prediction
 
 SAMPLE_EVERY = 64  # decode steps; a sampled one reads every gate, and every up product where masses are gathered
 WATCHED, CLOCKED = 1, 2  # of them
-FLOAT_BYTES = 4
+FLOAT_BYTES = INDEX_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class LayerRun:
 
     hot: its share of neurons on the GPU. hot_hits: the share of named neurons that are hot, None where none was named.
     recall: the share of firing neurons that were named, over `samples` tokens; None without any. gpu_busy, cpu_busy:
-    the share of the time of the layer's FFN that either part computes, None where that is not known. transfer_bytes:
-    what one token takes over to the other device and back for this FFN.
+    the share of the time of the layer's FFN that either part computes, of several cold shards the mean, None where that
+    is not known. transfer_bytes: what one token takes over to the other device and back for this FFN, on average.
     """
 
     layer: int
@@ -97,6 +97,7 @@ class _Layer:
         self.shards = [module for module in ffn.modules() if isinstance(module, SparseFFN)]
         self.hybrid = next((module for module in ffn.modules() if isinstance(module, HybridFFN)), None)
         self.is_hot, self.masses = hot, masses
+        self._crosses = getattr(ffn, "crosses", False)
         self._waited_for = all(one.weights.gate.device == CPU for one in self.shards)  # kernels on a GPU are launched
         cold, count = (~hot).nonzero().flatten(), len(self.shards) - 1
         # As HybridFFN.of numbers them: hot ones first, then cold ones, dealt by turns to as many shards as there are.
@@ -104,11 +105,19 @@ class _Layer:
         self.ids = [hot.nonzero().flatten(), *dealt] if count else [torch.arange(hot.numel())]
         self.timed = _Timed(None if self.hybrid is None else self.hybrid.lane)
         n = hot.numel()
-        self.samples = self.n_fired = self.n_caught = 0
+        self.samples = self.n_fired = self.n_caught = self._tokens = 0
+        self._actives = [0.0] * len(self.shards)
         self.fired, self.named = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
         self.mass = torch.zeros(2, n, dtype=torch.float64)  # of samples by turns
         self._norms: dict[int, torch.Tensor] = {}
         self._now: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def count(self) -> None:
+        """Add what the shards have counted since they were last reset."""
+        self._actives = [
+            sum(pair) for pair in zip(self._actives, (one.activity.active for one in self.shards), strict=True)
+        ]
+        self._tokens += self.shards[0].activity.tokens
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -164,11 +173,10 @@ class _Layer:
         self.samples += 1
 
     def run(self, number: int, attention: str, width: int) -> LayerRun:
-        actives = [shard.activity.active for shard in self.shards]
-        tokens, n = self.shards[0].activity.tokens, self.is_hot.numel()
+        actives, tokens, n = self._actives, self._tokens, self.is_hot.numel()
         hot = sum(a for a, ids in zip(actives, self.ids, strict=True) if self.is_hot[ids[:1]].any())
-        wall = self.timed.wall_s
-        split = self.hybrid is not None
+        wall, n_cold = self.timed.wall_s, len(self.shards) - 1
+        named = (sum(actives) - hot) / tokens if tokens else 0.0
         return LayerRun(
             layer=number,
             attention=attention,
@@ -177,10 +185,23 @@ class _Layer:
             density=sum(actives) / (tokens * n) if tokens else 1.0,
             recall=self.n_caught / self.n_fired if self.n_fired else None,
             gpu_busy=self.timed.gpu_s / wall if wall and self._waited_for else None,
-            cpu_busy=self.timed.cpu_s / wall if wall else None,
-            transfer_bytes=2 * FLOAT_BYTES * width if split else 0,
+            cpu_busy=self.timed.cpu_s / (n_cold * wall) if wall else None,
+            transfer_bytes=round(FLOAT_BYTES * width * self._vectors + INDEX_BYTES * self._lists(named)),
             samples=self.samples,
         )
+
+    @property
+    def _vectors(self) -> int:
+        """Float32 [D] that go from one device to the other: x, the residual where it is read there, and the sum back."""
+        count = 3 if self._crosses else 0
+        if self.hybrid is not None:
+            count += len(self.hybrid.cold) * (3 if self.hybrid.predictor is None else 2)
+        return count
+
+    def _lists(self, named: float) -> float:
+        """Numbers in the lists of named neurons that go to cold shards, with their lengths."""
+        lists = self.hybrid is not None and self.hybrid.predictor is not None
+        return named + len(self.shards) - 1 if lists else 0.0
 
     def statistics(self) -> LayerStatistics:
         """As far as placement reads them, `fired` counting named neurons: what a plan pays for. Other fields are 0, or
@@ -231,8 +252,13 @@ class RunStatistics:
                 sampled.enter_context(layer.clocked() if clocked else layer.watched())
             yield
 
+    def count(self) -> None:
+        """Add the decode steps that a generation has made: it resets the counts where they begin."""
+        for layer in self._layers:
+            layer.count()
+
     def layers(self) -> list[LayerRun]:
-        """Every layer since the counts were reset, as a generation does where decode begins."""
+        """Every layer, over all decode steps that were counted."""
         pairs = zip(self._layers, self._attention, strict=True)
         return [layer.run(number, place, self._width) for number, (layer, place) in enumerate(pairs)]
 

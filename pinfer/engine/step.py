@@ -66,8 +66,7 @@ class DecodeStep:
         elif not self._proven:
             logits = self._prove(self._program)
         else:
-            self._repeat(self._program)
-            logits = self._logits
+            logits = self._repeated(self._program)
         cache.length = length + 1
         return logits
 
@@ -125,6 +124,17 @@ class DecodeStep:
         elif not self._step_down(problem):
             self._program, self.reason = None, problem
         return logits
+
+    def _repeated(self, program: Program | Capture) -> torch.Tensor:
+        """A step that is proven. Where it fails all the same, as after a stop of the whole process, and a lane can step
+        down, the token is computed as usual; layers that it had reached have then counted it twice."""
+        try:
+            self._repeat(program)
+        except StepFailed as failure:
+            if not self._step_down(str(failure)):
+                raise
+            return self._plain()
+        return self._logits
 
     def _repeat(self, program: Program | Capture) -> None:
         if isinstance(program, Capture):

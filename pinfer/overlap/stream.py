@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from threading import Event, Thread
 import torch
 
 from pinfer.kernels.cpp.binding import StepFailed
+
+SLICE_S = 0.1
 
 
 class Task:
@@ -35,7 +38,8 @@ class Task:
             self._ended.set()
 
     def wait(self, timeout_s: float) -> None:
-        if not self._ended.wait(timeout_s):
+        # In slices: the time that the whole process is stopped (Ctrl-Z) counts as one of them.
+        if not any(self._ended.wait(SLICE_S) for _ in range(math.ceil(timeout_s / SLICE_S))):
             raise StepFailed(f"a part of a layer did not end within {timeout_s:g} s")
 
     def result(self, timeout_s: float) -> torch.Tensor:

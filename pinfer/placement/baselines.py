@@ -88,7 +88,7 @@ def _whole(problem: Problem, wanted: int) -> Plan:
 
 def _neurons(problem: Problem, hot: Callable[[int], Sequence[np.ndarray]], most: int) -> Plan:
     """What is not FFN first, from the last layer; if all of that fits, as many neurons as `hot` can give."""
-    room = capacity(problem.shape, problem.budget, problem.reserves)
+    room = capacity(problem.shape, problem.budget, problem.context, problem.reserves)
     none = [0] * len(problem.rates)
     for wanted in reversed(range(len(none) + 2)):
         if _bytes(problem, wanted, none) <= room or wanted == 0:

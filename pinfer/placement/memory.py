@@ -12,6 +12,7 @@ from pinfer.placement.shape import FLOAT_BYTES, LayerShape, ModelShape
 
 # A buffer [T, N] of gate products, one of up products, one of h; x, its norm, the residual, queries and the sum [T, D].
 NEURON_BUFFERS, WIDTH_BUFFERS = 3, 6
+LEAST_ROPE_POSITIONS = 2048  # tables have 1024 positions, or 2048 and more: they grow at least twofold
 MASK_BYTES, INDEX_BYTES = 1, 4  # of a (token, neuron) pair, of a neuron named
 STREAMED_NEURONS = 2048  # cold ones that a prompt brings to the GPU at a time
 STREAMED_PIECES, PINNED_PIECES = 3, 2  # two of them are there and one is rearranged for kernels; two are on their way
@@ -83,7 +84,7 @@ def memory(shape: ModelShape, plan: Plan, context: int, reserves: Reserves | Non
     if not any(gpu.values()):
         return Memory(MappingProxyType({}), MappingProxyType(cpu))
     cpu["pinned"] = pinned_bytes(shape, reserves)
-    gpu |= fixed_items(shape, reserves)
+    gpu |= fixed_items(shape, context, reserves)
     gpu["margin"] = math.ceil(reserves.margin * sum(gpu.values()))
     return Memory(MappingProxyType(gpu), MappingProxyType(cpu))
 
@@ -106,9 +107,10 @@ def placed_items(
     }
 
 
-def fixed_items(shape: ModelShape, reserves: Reserves) -> dict[str, int]:
+def fixed_items(shape: ModelShape, context: int, reserves: Reserves) -> dict[str, int]:
     """What a GPU in use takes whatever the plan, by item."""
     return {
+        "rope": shape.rope_position_bytes * max(context, LEAST_ROPE_POSITIONS),
         "logits": FLOAT_BYTES * shape.vocab_size,
         "activations": workspace_bytes(shape, reserves.tokens),
         "streamed": STREAMED_PIECES * piece_bytes(shape, reserves.streamed),
@@ -117,10 +119,10 @@ def fixed_items(shape: ModelShape, reserves: Reserves) -> dict[str, int]:
     }
 
 
-def capacity(shape: ModelShape, budget_bytes: int, reserves: Reserves) -> int:
+def capacity(shape: ModelShape, budget_bytes: int, context: int, reserves: Reserves) -> int:
     """The most bytes of weights and caches that a budget has room for, beside what is fixed and the margin; may be
     negative. With c of them, c + fixed + ceil(margin · (c + fixed)) is at most the budget."""
-    fixed = sum(fixed_items(shape, reserves).values())
+    fixed = sum(fixed_items(shape, context, reserves).values())
     most = math.floor(budget_bytes / (1 + reserves.margin))
     while most + math.ceil(reserves.margin * most) > budget_bytes:
         most -= 1

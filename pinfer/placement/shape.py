@@ -78,7 +78,8 @@ class ModelShape:
 
     head_bytes: the head and the last norm, read at every token. embedding_bytes: 0 where the head serves as it;
     a token reads one row of it, so it stays on the CPU. d_model: D. vocab_size: of the logits.
-    gpu_head_bytes: the head as it lies on a GPU; None where that is the same.
+    gpu_head_bytes: the head as it lies on a GPU; None where that is the same. rope_position_bytes: of one position in
+    all tables of the rotary embedding; 0 leaves them to the margin.
     """
 
     name: str
@@ -88,6 +89,7 @@ class ModelShape:
     d_model: int
     vocab_size: int
     gpu_head_bytes: int | None = None
+    rope_position_bytes: int = 0
 
     def head(self, place: Place) -> int:
         """Bytes of the head as it lies on that device."""

@@ -96,7 +96,7 @@ def solve(problem: Problem) -> Solution:
     """The best placement found. ValueError, with what would fit, where the pinned layers do not."""
     start, byte_s = time.perf_counter(), 1 / problem.hardware.cpu_speed
     chain = chain_of(problem)
-    room = capacity(problem.shape, problem.budget, problem.reserves)
+    room = capacity(problem.shape, problem.budget, problem.context, problem.reserves)
     if not problem.pinned:
         room = max(room, 0)  # a GPU without room for anything stays out of it
     found = bracket(chain, room, byte_s)

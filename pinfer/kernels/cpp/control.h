@@ -10,10 +10,10 @@ constexpr int64_t SPIN_FOR_FLAG_US = 2000, NAP_US = 50;
 
 inline int32_t await(const pinfer_flag_arguments& a, const Shared& shared) {
     const auto raised = [&] { return int32_t(uint32_t(__atomic_load_n(a.flag, __ATOMIC_ACQUIRE)) - uint32_t(*a.epoch)) >= 0; };
-    const auto begun = Clock::now();
+    Patience patience{a.timeout_s};
     if (spin_until(raised, SPIN_FOR_FLAG_US)) return PINFER_DONE;
     while (!raised()) {
-        if (seconds_since(begun) >= a.timeout_s || shared.stop.load()) return PINFER_TIMED_OUT;
+        if (patience.over() || shared.stop.load()) return PINFER_TIMED_OUT;
         std::this_thread::sleep_for(std::chrono::microseconds(NAP_US));
     }
     return PINFER_DONE;

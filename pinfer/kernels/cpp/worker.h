@@ -5,6 +5,7 @@
 // wait is endless: what takes longer than the worker's time ends with a status.
 #pragma once
 
+#include <algorithm>
 #include <exception>
 #include <functional>
 #include <thread>
@@ -27,6 +28,21 @@ void run_steps(Team& team, const pinfer_step* steps, int64_t count);
 inline double seconds_since(Clock::time_point begun) {
     return std::chrono::duration<double>(Clock::now() - begun).count();
 }
+
+// The time that a wait may still take. What passes between two looks counts for no more than MOST_BETWEEN_LOOKS_S:
+// while the whole process is stopped (Ctrl-Z), nobody could have answered.
+struct Patience {
+    static constexpr double LOOK_S = 0.1, MOST_BETWEEN_LOOKS_S = 2 * LOOK_S;  // a waiter looks at least so often
+    double left_s;
+    Clock::time_point looked = Clock::now();
+
+    bool over() {
+        const auto now = Clock::now();
+        left_s -= std::min(std::chrono::duration<double>(now - looked).count(), MOST_BETWEEN_LOOKS_S);
+        looked = now;
+        return left_s <= 0;
+    }
+};
 
 }  // namespace pinfer
 
@@ -61,11 +77,10 @@ struct pinfer_worker {
     int32_t wait(const pinfer_job& job) {
         if (!job.ticket) return PINFER_DONE;
         if (!here()) return PINFER_STOPPED;
-        const auto begun = pinfer::Clock::now();
+        pinfer::Patience patience{timeout_s};
         for (int64_t at = done.load(); at < job.ticket; at = done.load()) {
-            const double left = timeout_s - pinfer::seconds_since(begun);
-            if (left <= 0) return PINFER_TIMED_OUT;
-            finished.wait_while(int32_t(at), spin_us, left);
+            if (patience.over()) return PINFER_TIMED_OUT;
+            finished.wait_while(int32_t(at), spin_us, std::min(patience.left_s, pinfer::Patience::LOOK_S));
         }
         return job.status;
     }
@@ -91,9 +106,9 @@ private:
             int32_t idle = 0;
             return busy.compare_exchange_strong(idle, 1);
         };
-        const auto begun = pinfer::Clock::now();
+        pinfer::Patience patience{timeout_s};
         while (!pinfer::spin_until(take, spin_us)) {
-            if (pinfer::seconds_since(begun) >= timeout_s) return false;
+            if (patience.over()) return false;
             std::this_thread::sleep_for(std::chrono::microseconds(50));
         }
         return true;
