@@ -91,29 +91,35 @@ def test_the_text_has_the_same_figures_and_a_drawing(capsys: pytest.CaptureFixtu
         ("--shape llama-2-7b --density nan", "--density must lie in (0, 1], not nan"),
         ("--shape llama-2-7b --density 1.5", "--density must lie in (0, 1], not 1.5"),
         ("--shape llama-2-7b --over-prediction 0.5", "--over-prediction must be at least 1, not 0.5"),
-        ("--shape llama-2-7b --predictor-gb -1", "--predictor-gb must be at least 0, not -1"),
-        ("--shape llama-2-7b --predictor-rank 33", "--predictor-rank must be a positive multiple of 32, not 33"),
+        ("--shape llama-2-7b --predictor-gb -1", "--predictor-gb must lie in [0, 1e+06], not -1"),
+        ("--shape llama-2-7b --predictor-rank 33", "--predictor-rank must be a multiple of 32 in [32, 8192], not 33"),
+        ("--shape llama-2-7b --predictor-rank 320000", "multiple of 32 in [32, 8192], not 320000"),
+        ("--shape llama-2-7b --predictor-gb 1e300", "--predictor-gb must lie in [0, 1e+06], not 1e+300"),
         (
             "--shape llama-2-7b --predictor-rank 64 --predictor-gb 1",
             "--predictor-gb 1 or --predictor-rank 64, not both",
         ),
-        ("--shape llama-2-7b --vram -3", "--gpu-memory-gb must be finite and at least 0, not -3"),
-        ("--shape llama-2-7b --vram inf", "--gpu-memory-gb must be finite and at least 0, not inf"),
-        ("--shape llama-2-7b --vram 48", "--gpu-memory-gb 48 is more than RTX 4090 has, 25.8 GB"),
-        ("--shape llama-2-7b --ram-bandwidth nan", "--ram-bandwidth must be finite and above 0, not nan"),
-        ("--shape llama-2-7b --gpu-bandwidth 0", "--gpu-bandwidth must be finite and above 0, not 0"),
-        ("--shape llama-2-7b --sync-us -1", "--sync-us must be finite and at least 0, not -1"),
+        ("--shape llama-2-7b --vram -3", "--gpu-memory-gb must lie in [0, 1e+06], not -3"),
+        ("--shape llama-2-7b --vram inf", "--gpu-memory-gb must lie in [0, 1e+06], not inf"),
+        ("--shape llama-2-7b --vram 1e300", "--gpu-memory-gb must lie in [0, 1e+06], not 1e+300"),
+        ("--shape llama-2-7b --vram 25.8", "--gpu-memory-gb 25.8 is more than the 25.77 of RTX 4090"),
+        ("--shape llama-2-7b --ram-bandwidth nan", "--ram-bandwidth must lie in (0, 1e+06], not nan"),
+        ("--shape llama-2-7b --gpu-bandwidth 0", "--gpu-bandwidth must lie in (0, 1e+06], not 0"),
+        ("--shape llama-2-7b --sync-us -1", "--sync-us must lie in [0, 1e+06], not -1"),
         ("--shape llama-2-7b --ram ddr5-5600", "give --ram ddr5-5600 or --ram-bandwidth 80, not both"),
-        ("--shape llama-2-7b --cpu-efficiency 1.5", "cpu_efficiency must be finite and above 0 and at most 1, not 1.5"),
-        ("--shape llama-2-7b -c 0", "--ctx-size must be at least 1, not 0"),
+        ("--shape llama-2-7b --cpu-efficiency 1.5", "--cpu-efficiency must lie in (0, 1], not 1.5"),
+        ("--shape llama-2-7b -c -1", "--ctx-size must lie in [0, 4096], the model's limit, not -1"),
+        ("--shape llama-2-7b -c 4097", "--ctx-size must lie in [0, 4096], the model's limit, not 4097"),
+        ("-c 513", "--ctx-size must lie in [0, 512], the model's limit, not 513"),
         ("--shape llama-2-7b -c 512 --depth 513", "--depth must lie in [0, 512], the context, not 513"),
-        ("--shape llama-2-7b -ngl -2", "must be at least -1 (all), not -2"),
+        ("--shape llama-2-7b -ngl -2", "--gpu-layers must be at least -1 (all), not -2"),
         ("--shape llama-2-7b -ngl 20 --vram 1", "GB"),
         ("--shape llama-2-7b -m x.gguf", "--model x.gguf has no meaning with --shape llama-2-7b"),
         ("--type q8_0", "--type q8_0 has no meaning without --shape"),
         ("--shape llama-2-7b --from-run x --skew uniform", "give --from-run x or --skew uniform, not both"),
         ("--shape llama-2-7b --from-run nowhere.safetensors", "nowhere.safetensors: No such file"),
         ("-m nowhere.gguf", "nowhere.gguf: No such file"),
+        ("--guide", "--gpu rtx4090 has no meaning with --guide"),
     ],
 )
 def test_bad_values_end_in_one_line(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,6 +185,26 @@ def test_flags_change_what_they_should(capsys: pytest.CaptureFixture[str]) -> No
     none = planned(capsys, *QUICK, "--vram", "0")
     assert none["gpu_bytes"] == 0
     assert none["gpu_busy"] == 0
+
+
+def test_the_context_is_the_models_where_none_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    machine = ["--gpu", "rtx4090", "--ram-bandwidth", "20", "--no-compare"]
+    assert planned(capsys, "plan", *machine)["context"] == 512
+    assert planned(capsys, "plan", "-c", "0", *machine)["context"] == 512
+    assert planned(capsys, "plan", "--shape", "opt-6.7b", *machine)["context"] == 2048
+    assert planned(capsys, "plan", "--shape", "mistral-7b", *machine)["context"] == 4096
+    assert planned(capsys, "plan", "--shape", "mistral-7b", "-c", "0", *machine)["context"] == 32768
+
+
+@pytest.mark.parametrize("given", ["--shape llama-2-7b", "-c 512", "-o plan.json", "--vram 8", "--method exact"])
+def test_the_guide_takes_no_options_that_it_would_leave_out(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "--guide", *given.split()]) == BAD_INPUT
+    assert "has no meaning with --guide" in capsys.readouterr().err
+
+
+def test_the_guides_tables_are_for_the_memory_that_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    tables = [row["table"] for row in planned(capsys, "plan", "--guide", "--ram", "epyc12")["guide"]]
+    assert tables[-1] == "70B by card, memory of 460.8 GB/s"
 
 
 def test_the_shipped_model_by_its_own_statistics(capsys: pytest.CaptureFixture[str]) -> None:
