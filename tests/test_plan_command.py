@@ -187,6 +187,18 @@ def test_flags_change_what_they_should(capsys: pytest.CaptureFixture[str]) -> No
     assert none["gpu_busy"] == 0
 
 
+def test_a_budget_that_only_the_context_would_fill_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["plan", "--shape", "llama-2-7b", "--gpu", "rtx4090", "--ram-bandwidth", "20"]
+    assert run([*shape, "--vram", "0.5", "--no-compare"]) == OK
+    told = "the GPU stays unused: its context, graph and activations take"
+    assert told in capsys.readouterr().out
+    assert run([*shape, "--vram", "2", "--explain"]) == OK
+    out = capsys.readouterr().out
+    assert told not in out
+    assert out.count("PowerInfer's sort") == 1
+    assert "Limit: CPU bandwidth." in out
+
+
 def test_the_context_is_the_models_where_none_is_given(capsys: pytest.CaptureFixture[str]) -> None:
     machine = ["--gpu", "rtx4090", "--ram-bandwidth", "20", "--no-compare"]
     assert planned(capsys, "plan", *machine)["context"] == 512
@@ -289,6 +301,17 @@ def test_a_plan_is_written_and_drawn(capsys: pytest.CaptureFixture[str], tmp_pat
     assert content["figures"]["tokens_per_s"] == found["tokens_per_s"]
     pytest.importorskip("matplotlib")
     assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_file_that_cannot_be_written_is_named_and_nothing_is_left(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    for path, why in ((tmp_path / "folder", "Is a directory"), (tmp_path / "file" / "plan.json", "")):
+        assert run([*QUICK, "-o", str(path)]) == BAD_INPUT
+        assert f"error: {path}: {why}" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
 def test_without_matplotlib_the_plan_is_there_all_the_same(
