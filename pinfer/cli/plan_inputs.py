@@ -12,15 +12,15 @@ from pinfer.placement import Hardware
 from pinfer.placement.named import DERATED, IDEAL, Card, Reach, find_card, find_memory
 
 GB = 1e9
-# Of options: whether 0 is among the values, and the most.
+# Of options: the least and the most.
 LIMITS = (
-    ("gpu_memory_gb", "[", 1e6),
-    ("gpu_bandwidth", "(", 1e6),
-    ("ram_bandwidth", "(", 1e6),
-    ("pcie_bandwidth", "(", 1e6),
-    ("sync_us", "[", 1e6),
-    ("gpu_efficiency", "(", 1),
-    ("cpu_efficiency", "(", 1),
+    ("gpu_memory_gb", 0, 1e6),
+    ("gpu_bandwidth", 1e-3, 1e6),
+    ("ram_bandwidth", 1e-3, 1e6),
+    ("pcie_bandwidth", 1e-3, 1e6),
+    ("sync_us", 0, 1e6),
+    ("gpu_efficiency", 0.01, 1),
+    ("cpu_efficiency", 0.01, 1),
 )
 DEFAULT_GUIDE_BANDWIDTH = 80 * GB  # the guide leaves open which memory it speaks of
 OF_GUIDE = ("ram", "ram_bandwidth", "ideal")  # options that the guide's tables depend on
@@ -47,13 +47,10 @@ class HardwareOptions:
 
     def __post_init__(self) -> None:
         """ValueError for a number out of range, or two answers to one question."""
-        for name, bracket, most in LIMITS:
+        for name, least, most in LIMITS:
             value = getattr(self, name)
-            if value is None:
-                continue
-            above = value >= 0 if bracket == "[" else value > 0
-            if not (above and value <= most):  # so that NaN fails
-                raise ValueError(f"{flag(name)} must lie in {bracket}0, {most:g}], not {value:g}")
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{flag(name)} must lie in [{least:g}, {most:g}], not {value:g}")
         if self.ram is not None and self.ram_bandwidth is not None:
             raise ValueError(f"give --ram {self.ram} or --ram-bandwidth {self.ram_bandwidth:g}, not both")
 

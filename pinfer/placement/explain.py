@@ -61,10 +61,10 @@ class Explanation:
         """The same for people."""
         total, speed = solution.token_s, solution.tokens_per_s
         listed = ", ".join(
-            f"{name} {1e3 * seconds:.3g} ms ({seconds / total:.0%})" for name, seconds in self.parts.items() if seconds
+            f"{name} {1e3 * seconds:.3g} ms ({100 * seconds / total:.0f} %)" for name, seconds in self.parts.items() if seconds
         )
         savings = ", ".join(
-            f"{name} {share:.1%}" for name, share in sorted(self.savings.items(), key=lambda one: -one[1])
+            f"{name} {100 * share:.1f} %" for name, share in sorted(self.savings.items(), key=lambda one: -one[1])
         )
         less = "does not fit" if self.one_less_gb is None else f"{self.one_less_gb:.2f}"
         return [
