@@ -258,11 +258,11 @@ def test_a_directory_of_a_profile_alone(capsys: pytest.CaptureFixture[str], tmp_
     assert solved in found["rates"]
 
 
-def gathered(path: Path, layers: int, neurons: int) -> Path:
-    """Statistics of a run in which the first neurons fired on every token and the others on none."""
+def gathered(path: Path, layers: int, neurons: int, tokens: int = 50) -> Path:
+    """Statistics of a run in which the first neurons fired on 50 tokens and the others on none."""
     fired = torch.where(torch.arange(neurons) < neurons // 10, 50, 0)
     one = LayerStatistics(
-        tokens=torch.tensor([50]), fired=fired, mass=fired.double(), first_half_mass=fired.double() / 2,
+        tokens=torch.tensor([tokens]), fired=fired, mass=fired.double(), first_half_mass=fired.double() / 2,
         up_mean=torch.ones(2, neurons), center=torch.zeros(neurons),
         input_quantiles=torch.zeros(QUANTILES), hidden_quantiles=torch.zeros(QUANTILES),
     )  # fmt: skip
@@ -279,6 +279,10 @@ def test_statistics_gathered_while_serving(capsys: pytest.CaptureFixture[str], t
     wrong = gathered(tmp_path / "wrong.safetensors", 31, 28672)
     assert run([*QUICK, "--from-run", str(wrong)]) == BAD_INPUT
     assert "31 layers" in capsys.readouterr().err
+    for tokens in (0, 49):
+        damaged = gathered(tmp_path / "damaged.safetensors", 80, 28672, tokens)
+        assert run([*QUICK, "--from-run", str(damaged)]) == BAD_INPUT
+        assert f"layer 0: neurons fired on 0 to 50 of {tokens} tokens" in capsys.readouterr().err
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     assert run([*QUICK, "--from-run", str(tmp_path / "other.safetensors")]) == BAD_INPUT
     assert "no activation statistics in it" in capsys.readouterr().err

@@ -61,7 +61,9 @@ class Explanation:
         """The same for people."""
         total, speed = solution.token_s, solution.tokens_per_s
         listed = ", ".join(
-            f"{name} {1e3 * seconds:.3g} ms ({100 * seconds / total:.0f} %)" for name, seconds in self.parts.items() if seconds
+            f"{name} {1e3 * seconds:.3g} ms ({100 * seconds / total:.0f} %)"
+            for name, seconds in self.parts.items()
+            if seconds
         )
         savings = ", ".join(
             f"{name} {100 * share:.1f} %" for name, share in sorted(self.savings.items(), key=lambda one: -one[1])
