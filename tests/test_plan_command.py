@@ -188,6 +188,12 @@ def test_flags_change_what_they_should(capsys: pytest.CaptureFixture[str]) -> No
     assert none["gpu_busy"] == 0
 
 
+def test_a_budget_is_rounded_as_a_run_rounds_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """8.2 * 1e9 is 8199999999.999999: a byte less, and a run of 8.2 GB would not take the plan for its own."""
+    shape = ["plan", "--shape", "llama-2-7b", "--gpu", "rtx4090", "--ram-bandwidth", "20", "--no-compare"]
+    assert planned(capsys, *shape, "--vram", "8.2")["budget_bytes"] == 8_200_000_000
+
+
 def test_a_budget_that_only_the_context_would_fill_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     shape = ["plan", "--shape", "llama-2-7b", "--gpu", "rtx4090", "--ram-bandwidth", "20"]
     assert run([*shape, "--vram", "0.5", "--no-compare"]) == OK

@@ -120,7 +120,7 @@ class Finder:
         """The GPU memory to stay within; ValueError above what the card has."""
         if self.options.gpu_memory_gb is None:
             return None
-        budget = int(self.options.gpu_memory_gb * GB)
+        budget = round(GB * self.options.gpu_memory_gb)  # as a run does, which looks for a plan of its budget
         if self.card and budget > self.card.memory_bytes:
             raise ValueError(
                 f"--gpu-memory-gb {self.options.gpu_memory_gb:g} is more than the {self.card.memory_bytes / GB:.2f} "
