@@ -60,7 +60,8 @@ def synthetic() -> Iterator[tuple[str, Problem, Subject]]:
         for skew, density in DENSITIES.items():
             named = min(1.0, density * DERATED.over_prediction)
             rates = published_rates(skew, named, len(shape.layers), shape.layers[0].n_neurons, spread=spread)
-            subject = Subject(shape, dense, rates, f"{skew}, {'alike' if not spread else f'spread {spread:g}'}")
+            said = f"{skew}, {'alike' if not spread else f'spread {spread:g}'}"
+            subject = Subject(shape, dense, rates, said, CONTEXT)
             for budget in BUDGETS_GB:
                 yield subject.said, Problem(shape, rates, card(), CONTEXT, budget * 10**9), subject
 
@@ -91,7 +92,7 @@ def gemma(path: str, statistics: str) -> Subject:
     config = model_config(gguf)
     rates = measured_rates(read_statistics(statistics), density=GEMMA_DENSITY)
     shape = model_shape(gguf, config, "shift_threshold")
-    return Subject(shape, model_shape(gguf, config, "dense"), rates, "profiled")
+    return Subject(shape, model_shape(gguf, config, "dense"), rates, "profiled", config.context_length)
 
 
 def measure(name: str, problem: Problem, subject: Subject) -> dict[str, Any]:

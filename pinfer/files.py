@@ -29,7 +29,16 @@ def leftovers(folder: Path, name: str | None = None) -> list[Path]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or as it was before, also after a loss of power. OSError says why not."""
+    """Write a file that is there whole or as it was before, also after a loss of power. OSError names it and says why
+    not."""
+    try:
+        _write(path, content)
+    except OSError as problem:  # which names the temporary file
+        raise OSError(problem.errno, problem.strerror, str(path)) from problem
+    _sync_folder(path.parent)
+
+
+def _write(path: Path, content: bytes) -> None:
     file = temporary(path)
     try:
         with file:
@@ -41,7 +50,6 @@ def write_atomically(path: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(file.name)
-    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

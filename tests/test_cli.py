@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from pinfer.cli.main import BAD_INPUT, FAILED, INTERRUPTED, OK, run
 from pinfer.config import RunConfig, SamplingConfig
 from pinfer.models import KVCache, Transformer
+from pinfer.placement import Plan
 from pinfer.placement.statistics import from_tensors
 from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
 
@@ -447,7 +448,7 @@ def test_a_run_tells_of_its_placement(model: str, tmp_path: Path, capsys: pytest
     out, err = capsys.readouterr()
     assert "1 of 2 layers wholly on the emulated GPU" in err
     assert "hits" in err
-    assert "are of 1 tokens each" in err
+    assert "are of 1 token each" in err
     statistics = from_tensors(load_file(saved), 2)
     assert int(statistics[0].tokens) == 1
     arguments = ["generate", "-m", model, "-p", "hello", "-n", "6", "--ignore-eos", "--json", *flags[:5], *flags[7:]]
@@ -470,6 +471,7 @@ def test_a_run_tells_of_its_placement(model: str, tmp_path: Path, capsys: pytest
         (["--device", "nothing"], "nothing"),
         (["--device", "emulated", "--gpu-memory-gb", "-1"], "-1"),
         (["--device", "emulated", "--plan", "nowhere.json"], "nowhere.json"),
+        (["--device", "cpu", "--plan", "nowhere.json"], "nowhere.json"),
         (["--stats", "--method", "dense"], "dense"),
     ],
 )
@@ -477,3 +479,12 @@ def test_a_placement_that_cannot_be_is_one_line(
     model: str, flags: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert named in failing(["generate", "-m", model, "-p", "hi", *flags], capsys)
+
+
+def test_a_plan_of_another_model_is_refused_without_a_gpu_too(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(Plan.uniform(80, 16, 0.5).to_plain()))
+    arguments = ["generate", "-m", model, "-p", "hi", "-n", "1", "--device", "cpu", "--plan", str(other)]
+    assert "a plan of 80 layers for a model of 2" in failing(arguments, capsys)

@@ -24,7 +24,7 @@ from pinfer.kernels.registry import use_backend
 from pinfer.models import Transformer, build_model
 from pinfer.models.weights import held_bytes
 from pinfer.placement import LayerPlan, Plan
-from pinfer.placement.memory import NO_RESERVES, memory
+from pinfer.placement.memory import Reserves, memory
 from pinfer.quant import QuantTensor
 from pinfer.sparsify import exact_predictors, fit_input_thresholds, fitted_predictors, sparsify, sparsify_inputs
 from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
@@ -94,7 +94,7 @@ def to_be_placed(path: Path, method: str, plan: Plan, model: Transformer) -> int
     gguf = GGUFFile.open(path)
     fitted = [ffn.predictor for ffn in made(path, method, None).ffns() if isinstance(ffn, SparseFFN)]
     shape = model_shape(gguf, model.config, cast(Method, method), fitted, rearranged=False)
-    said = memory(shape, plan, CONTEXT, NO_RESERVES)
+    said = memory(shape, plan, CONTEXT, Reserves(0, 0, 0.0, 1, 0))
     there = [one for ffn in model.ffns() for one in ffn.modules() if isinstance(one, SparseFFN)]
     counts = sum(one.activity.totals.nbytes for one in there if one.activity.totals.device == ELSEWHERE)
     homes = [layer.attention for layer in plan.layers]

@@ -56,15 +56,19 @@ def test_a_plan_comes_back_from_json_as_it_went() -> None:
     ("change", "complaint"),
     [
         ({"format": 2}, "format 2"),
-        ({"head": None}, None),
-        ({"layers": 3}, "layers"),
+        ({"head": None}, "head is of type NoneType, not str"),
+        ({"layers": 3}, "layers is of type int, not list"),
+        ({"layers": [1]}, "layer 0: no plan: n_neurons is missing"),
+        ({"context": "x"}, "context is of type str, not int or NoneType"),
+        ({"figures": [1]}, "figures is of type list, not Mapping"),
         ({"layers": [{}]}, "n_neurons"),
         ({"layers": [{**_plan().to_plain()["layers"][0], "n_hot": 99}]}, "99 are announced"),
         ({"layers": [{**_plan().to_plain()["layers"][0], "n_neurons": 99}]}, "99 neurons"),
-        ({"layers": [{**_plan().to_plain()["layers"][0], "hot": "?"}]}, None),
+        ({"layers": [{**_plan().to_plain()["layers"][0], "n_neurons": -1, "hot": ""}]}, "for -1 neurons"),
+        ({"layers": [{**_plan().to_plain()["layers"][0], "hot": "?"}]}, "layer 0: "),
         ({"layers": [{**_plan().to_plain()["layers"][0], "attention": "tpu"}]}, "tpu"),
     ],
 )
-def test_a_plan_that_does_not_fit_is_refused(change: dict[str, Any], complaint: str | None) -> None:
+def test_a_plan_that_does_not_fit_is_refused(change: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         Plan.from_plain(_plan().to_plain() | change)

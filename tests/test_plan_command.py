@@ -91,29 +91,36 @@ def test_the_text_has_the_same_figures_and_a_drawing(capsys: pytest.CaptureFixtu
         ("--shape llama-2-7b --density nan", "--density must lie in (0, 1], not nan"),
         ("--shape llama-2-7b --density 1.5", "--density must lie in (0, 1], not 1.5"),
         ("--shape llama-2-7b --over-prediction 0.5", "--over-prediction must be at least 1, not 0.5"),
-        ("--shape llama-2-7b --predictor-gb -1", "--predictor-gb must be at least 0, not -1"),
-        ("--shape llama-2-7b --predictor-rank 33", "--predictor-rank must be a positive multiple of 32, not 33"),
+        ("--shape llama-2-7b --predictor-gb -1", "--predictor-gb must lie in [0, 1e+06], not -1"),
+        ("--shape llama-2-7b --predictor-rank 33", "--predictor-rank must be a multiple of 32 in [32, 8192], not 33"),
+        ("--shape llama-2-7b --predictor-rank 320000", "multiple of 32 in [32, 8192], not 320000"),
+        ("--shape llama-2-7b --predictor-gb 1e300", "--predictor-gb must lie in [0, 1e+06], not 1e+300"),
         (
             "--shape llama-2-7b --predictor-rank 64 --predictor-gb 1",
             "--predictor-gb 1 or --predictor-rank 64, not both",
         ),
-        ("--shape llama-2-7b --vram -3", "--gpu-memory-gb must be finite and at least 0, not -3"),
-        ("--shape llama-2-7b --vram inf", "--gpu-memory-gb must be finite and at least 0, not inf"),
-        ("--shape llama-2-7b --vram 48", "--gpu-memory-gb 48 is more than RTX 4090 has, 25.8 GB"),
-        ("--shape llama-2-7b --ram-bandwidth nan", "--ram-bandwidth must be finite and above 0, not nan"),
-        ("--shape llama-2-7b --gpu-bandwidth 0", "--gpu-bandwidth must be finite and above 0, not 0"),
-        ("--shape llama-2-7b --sync-us -1", "--sync-us must be finite and at least 0, not -1"),
+        ("--shape llama-2-7b --vram -3", "--gpu-memory-gb must lie in [0, 1e+06], not -3"),
+        ("--shape llama-2-7b --vram inf", "--gpu-memory-gb must lie in [0, 1e+06], not inf"),
+        ("--shape llama-2-7b --vram 1e300", "--gpu-memory-gb must lie in [0, 1e+06], not 1e+300"),
+        ("--shape llama-2-7b --vram 25.8", "--gpu-memory-gb 25.8 is more than the 25.77 of RTX 4090"),
+        ("--shape llama-2-7b --ram-bandwidth nan", "--ram-bandwidth must lie in [0.001, 1e+06], not nan"),
+        ("--shape llama-2-7b --gpu-bandwidth 0", "--gpu-bandwidth must lie in [0.001, 1e+06], not 0"),
+        ("--shape llama-2-7b --ram-bandwidth 1e-300", "--ram-bandwidth must lie in [0.001, 1e+06], not 1e-300"),
+        ("--shape llama-2-7b --sync-us -1", "--sync-us must lie in [0, 1e+06], not -1"),
         ("--shape llama-2-7b --ram ddr5-5600", "give --ram ddr5-5600 or --ram-bandwidth 80, not both"),
-        ("--shape llama-2-7b --cpu-efficiency 1.5", "cpu_efficiency must be finite and above 0 and at most 1, not 1.5"),
-        ("--shape llama-2-7b -c 0", "--ctx-size must be at least 1, not 0"),
+        ("--shape llama-2-7b --cpu-efficiency 1.5", "--cpu-efficiency must lie in [0.01, 1], not 1.5"),
+        ("--shape llama-2-7b -c -1", "--ctx-size must lie in [0, 4096], the model's limit, not -1"),
+        ("--shape llama-2-7b -c 4097", "--ctx-size must lie in [0, 4096], the model's limit, not 4097"),
+        ("-c 513", "--ctx-size must lie in [0, 512], the model's limit, not 513"),
         ("--shape llama-2-7b -c 512 --depth 513", "--depth must lie in [0, 512], the context, not 513"),
-        ("--shape llama-2-7b -ngl -2", "must be at least -1 (all), not -2"),
+        ("--shape llama-2-7b -ngl -2", "--gpu-layers must be at least -1 (all), not -2"),
         ("--shape llama-2-7b -ngl 20 --vram 1", "GB"),
         ("--shape llama-2-7b -m x.gguf", "--model x.gguf has no meaning with --shape llama-2-7b"),
         ("--type q8_0", "--type q8_0 has no meaning without --shape"),
         ("--shape llama-2-7b --from-run x --skew uniform", "give --from-run x or --skew uniform, not both"),
         ("--shape llama-2-7b --from-run nowhere.safetensors", "nowhere.safetensors: No such file"),
         ("-m nowhere.gguf", "nowhere.gguf: No such file"),
+        ("--guide", "--gpu rtx4090 has no meaning with --guide"),
     ],
 )
 def test_bad_values_end_in_one_line(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,6 +188,44 @@ def test_flags_change_what_they_should(capsys: pytest.CaptureFixture[str]) -> No
     assert none["gpu_busy"] == 0
 
 
+def test_a_budget_is_rounded_as_a_run_rounds_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """8.2 * 1e9 is 8199999999.999999: a byte less, and a run of 8.2 GB would not take the plan for its own."""
+    shape = ["plan", "--shape", "llama-2-7b", "--gpu", "rtx4090", "--ram-bandwidth", "20", "--no-compare"]
+    assert planned(capsys, *shape, "--vram", "8.2")["budget_bytes"] == 8_200_000_000
+
+
+def test_a_budget_that_only_the_context_would_fill_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["plan", "--shape", "llama-2-7b", "--gpu", "rtx4090", "--ram-bandwidth", "20"]
+    assert run([*shape, "--vram", "0.5", "--no-compare"]) == OK
+    told = "the GPU stays unused: its context, graph and activations take"
+    assert told in capsys.readouterr().out
+    assert run([*shape, "--vram", "2", "--explain"]) == OK
+    out = capsys.readouterr().out
+    assert told not in out
+    assert out.count("PowerInfer's sort") == 1
+    assert "Limit: CPU bandwidth." in out
+
+
+def test_the_context_is_the_models_where_none_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    machine = ["--gpu", "rtx4090", "--ram-bandwidth", "20", "--no-compare"]
+    assert planned(capsys, "plan", *machine)["context"] == 512
+    assert planned(capsys, "plan", "-c", "0", *machine)["context"] == 512
+    assert planned(capsys, "plan", "--shape", "opt-6.7b", *machine)["context"] == 2048
+    assert planned(capsys, "plan", "--shape", "mistral-7b", *machine)["context"] == 4096
+    assert planned(capsys, "plan", "--shape", "mistral-7b", "-c", "0", *machine)["context"] == 32768
+
+
+@pytest.mark.parametrize("given", ["--shape llama-2-7b", "-c 512", "-o plan.json", "--vram 8", "--method exact"])
+def test_the_guide_takes_no_options_that_it_would_leave_out(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "--guide", *given.split()]) == BAD_INPUT
+    assert "has no meaning with --guide" in capsys.readouterr().err
+
+
+def test_the_guides_tables_are_for_the_memory_that_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    tables = [row["table"] for row in planned(capsys, "plan", "--guide", "--ram", "epyc12")["guide"]]
+    assert tables[-1] == "70B by card, memory of 460.8 GB/s"
+
+
 def test_the_shipped_model_by_its_own_statistics(capsys: pytest.CaptureFixture[str]) -> None:
     found = planned(capsys, "plan", "--gpu", "rtx4090", "--ram-bandwidth", "20")
     assert len(found["layers"]) == 6
@@ -219,11 +264,11 @@ def test_a_directory_of_a_profile_alone(capsys: pytest.CaptureFixture[str], tmp_
     assert solved in found["rates"]
 
 
-def gathered(path: Path, layers: int, neurons: int) -> Path:
-    """Statistics of a run in which the first neurons fired on every token and the others on none."""
+def gathered(path: Path, layers: int, neurons: int, tokens: int = 50) -> Path:
+    """Statistics of a run in which the first neurons fired on 50 tokens and the others on none."""
     fired = torch.where(torch.arange(neurons) < neurons // 10, 50, 0)
     one = LayerStatistics(
-        tokens=torch.tensor([50]), fired=fired, mass=fired.double(), first_half_mass=fired.double() / 2,
+        tokens=torch.tensor([tokens]), fired=fired, mass=fired.double(), first_half_mass=fired.double() / 2,
         up_mean=torch.ones(2, neurons), center=torch.zeros(neurons),
         input_quantiles=torch.zeros(QUANTILES), hidden_quantiles=torch.zeros(QUANTILES),
     )  # fmt: skip
@@ -240,6 +285,10 @@ def test_statistics_gathered_while_serving(capsys: pytest.CaptureFixture[str], t
     wrong = gathered(tmp_path / "wrong.safetensors", 31, 28672)
     assert run([*QUICK, "--from-run", str(wrong)]) == BAD_INPUT
     assert "31 layers" in capsys.readouterr().err
+    for tokens in (0, 49):
+        damaged = gathered(tmp_path / "damaged.safetensors", 80, 28672, tokens)
+        assert run([*QUICK, "--from-run", str(damaged)]) == BAD_INPUT
+        assert f"layer 0: neurons fired on 0 to 50 of {tokens} tokens" in capsys.readouterr().err
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     assert run([*QUICK, "--from-run", str(tmp_path / "other.safetensors")]) == BAD_INPUT
     assert "no activation statistics in it" in capsys.readouterr().err
@@ -263,6 +312,17 @@ def test_a_plan_is_written_and_drawn(capsys: pytest.CaptureFixture[str], tmp_pat
     assert content["figures"]["tokens_per_s"] == found["tokens_per_s"]
     pytest.importorskip("matplotlib")
     assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_file_that_cannot_be_written_is_named_and_nothing_is_left(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    for path, why in ((tmp_path / "folder", "Is a directory"), (tmp_path / "file" / "plan.json", "")):
+        assert run([*QUICK, "-o", str(path)]) == BAD_INPUT
+        assert f"error: {path}: {why}" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
 def test_without_matplotlib_the_plan_is_there_all_the_same(

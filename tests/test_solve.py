@@ -328,6 +328,10 @@ def test_a_dry_run_says_what_each_stage_takes_and_writes_nothing(
         ("--disk-gb 1e-9", "disk"),
         ("--tokens 20", "tokens must be at least 64"),
         ("--text nothing.txt", "nothing.txt"),
+        ("--target-gpu-layers -5", "--target-gpu-layers must be at least -1 (all), not -5"),
+        ("--gpu-memory-gb 1e300", "--gpu-memory-gb must lie in [0, 1e+06], not 1e+300"),
+        # Known before predictors are made, which can take an hour.
+        ("--target-gpu-layers 2 --gpu-memory-gb 0.001", "2 layers wholly on the GPU take"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_writes_nothing(

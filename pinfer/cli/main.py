@@ -74,7 +74,14 @@ def run(arguments: Sequence[str]) -> int:
         # What is left in stdout's buffer has no reader; without this, Python complains at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _fail("the reader of the output closed it", FAILED)
-    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+    except (
+        ValueError,
+        FileNotFoundError,
+        FileExistsError,
+        IsADirectoryError,
+        NotADirectoryError,
+        PermissionError,
+    ) as error:
         return _fail(f"error: {_one_line(error)}", BAD_INPUT)
     except (RuntimeError, OSError, MemoryError) as error:
         return _fail(f"failed: {_one_line(error)}", FAILED)

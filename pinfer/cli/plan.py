@@ -13,16 +13,14 @@ from pinfer.cli import options
 from pinfer.cli.console import emit_json, note
 from pinfer.cli.generate import MethodOption
 from pinfer.cli.plan_guide import show_guide
-from pinfer.cli.plan_inputs import Finder, HardwareOptions
+from pinfer.cli.plan_inputs import Finder, HardwareOptions, check_for_guide
 from pinfer.cli.plan_report import Report, figures, print_report
 from pinfer.cli.plan_subject import SubjectOptions, find_subject
+from pinfer.engine.load import DEFAULT_CONTEXT
 from pinfer.files import write_atomically
 from pinfer.placement.guide import rows as guide_rows
 from pinfer.placement.problem import Problem
 from pinfer.placement.published import Down
-
-DEFAULT_CONTEXT = 4096
-DEFAULT_GUIDE_BANDWIDTH = 80.0  # GB/s: the guide leaves open which memory it speaks of
 
 PredictorPath = Annotated[
     str | None, typer.Option("--predictor-path", help="Directory of pinfer solve or profile, with its statistics.")
@@ -71,7 +69,13 @@ GpuEfficiency = Annotated[
 CpuEfficiency = Annotated[
     float | None, typer.Option("--cpu-efficiency", help="Of its bandwidth; 0.75, 1 with --ideal.")
 ]
-Context = Annotated[int, typer.Option("-c", "--ctx-size", help="Positions to reserve keys and values for.")]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        "-c", "--ctx-size",
+        help="Positions to reserve keys and values for; 4096, or the model's limit if lower; 0: the limit.",
+    ),
+]  # fmt: skip
 Depth = Annotated[
     int | None, typer.Option("--depth", help="Positions filled when a token is decoded; half the context if left out.")
 ]
@@ -89,7 +93,13 @@ Compare = Annotated[
 ]
 Output = Annotated[str | None, typer.Option("-o", "--output", help="Write the plan to this JSON file.")]
 Plot = Annotated[str | None, typer.Option("--plot", help="Draw it into this PNG file.")]
-Guide = Annotated[bool, typer.Option("--guide", help="The tables of PowerInfer's guide beside what is possible.")]
+Guide = Annotated[
+    bool,
+    typer.Option(
+        "--guide",
+        help="The tables of PowerInfer's guide beside what is possible with memory of 80 GB/s, --ram or --ram-bandwidth.",
+    ),
+]
 
 
 def plan_command(
@@ -114,7 +124,7 @@ def plan_command(
     sync_us: SyncUs = None,
     gpu_efficiency: GpuEfficiency = None,
     cpu_efficiency: CpuEfficiency = None,
-    ctx_size: Context = DEFAULT_CONTEXT,
+    ctx_size: Context = None,
     depth: Depth = None,
     gpu_layers: GpuLayers = None,
     ideal: Ideal = False,
@@ -131,20 +141,24 @@ def plan_command(
         pcie_bandwidth=pcie_bandwidth, sync_us=sync_us, gpu_efficiency=gpu_efficiency, cpu_efficiency=cpu_efficiency,
         ideal=ideal,
     )  # fmt: skip
-    if guide:
-        show_guide(list(guide_rows(1e9 * (ram_bandwidth or DEFAULT_GUIDE_BANDWIDTH), asked.reach)), json)
-        return
     wanted = SubjectOptions(
         model=model, predictor_path=predictor_path, shape=shape, type=type, down=down, skew=skew, density=density,
         from_run=from_run, method=method, predictor_gb=predictor_gb, predictor_rank=predictor_rank,
         over_prediction=over_prediction,
     )  # fmt: skip
     finder = Finder(asked)
+    if guide:
+        others = {**vars(wanted), "method": None if method == "auto" else method, "ctx_size": ctx_size,
+                  "depth": depth, "gpu_layers": gpu_layers, "output": output, "plot": plot}  # fmt: skip
+        check_for_guide(asked, others)
+        show_guide(list(guide_rows(finder.guide_bandwidth(), asked.reach)), json)
+        return
+    if gpu_layers is not None and gpu_layers < -1:
+        raise ValueError(f"--gpu-layers must be at least -1 (all), not {gpu_layers}")
     hardware, budget = finder.hardware(), finder.budget_bytes()
     subject = find_subject(wanted, asked.reach.over_prediction)
-    problem = Problem(
-        subject.shape, subject.rates, hardware, ctx_size, budget, _filled(ctx_size, depth), gpu_layers or 0
-    )
+    context = _context(ctx_size, subject.context)
+    problem = Problem(subject.shape, subject.rates, hardware, context, budget, _filled(context, depth), gpu_layers or 0)
     report = Report.of(problem, subject, compare, explain)
     found = figures(report)
     if output is not None:
@@ -159,10 +173,17 @@ def plan_command(
         print_report(report)
 
 
+def _context(asked: int | None, limit: int) -> int:
+    """Positions to reserve; ValueError outside the model's limit."""
+    if asked is None:
+        return min(DEFAULT_CONTEXT, limit)
+    if not 0 <= asked <= limit:
+        raise ValueError(f"--ctx-size must lie in [0, {limit}], the model's limit, not {asked}")
+    return asked or limit
+
+
 def _filled(context: int, depth: int | None) -> int:
     """Positions to plan for: a conversation that fills its context has half of it filled on the mean."""
-    if context < 1:
-        raise ValueError(f"--ctx-size must be at least 1, not {context}")
     if depth is not None and not 0 <= depth <= context:
         raise ValueError(f"--depth must lie in [0, {context}], the context, not {depth}")
     return context // 2 if depth is None else depth

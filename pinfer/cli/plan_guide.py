@@ -18,6 +18,7 @@ def show_guide(rows: list[Row], json: bool) -> None:
         emit_json({"guide": [dataclasses.asdict(row) for row in rows]})
         return
     out = console()
+    out.print("verdict: on the guide's figure, by pinfer's")
     for title, group in groupby(rows, key=lambda row: row.table):
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left", title_style="bold")
         for name in ("", "the guide", "pinfer", "verdict", "because"):

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 from pinfer.engine.hardware import Machine, read_machine
-from pinfer.engine.rates import Rates, kept_rates
+from pinfer.engine.rates import GpuRates, Rates, kept_rates
 from pinfer.placement import Hardware
 from pinfer.placement.named import DERATED, IDEAL, Card, Reach, find_card, find_memory
 
 GB = 1e9
+# Of options: the least and the most.
+LIMITS = (
+    ("gpu_memory_gb", 0, 1e6),
+    ("gpu_bandwidth", 1e-3, 1e6),
+    ("ram_bandwidth", 1e-3, 1e6),
+    ("pcie_bandwidth", 1e-3, 1e6),
+    ("sync_us", 0, 1e6),
+    ("gpu_efficiency", 0.01, 1),
+    ("cpu_efficiency", 0.01, 1),
+)
+DEFAULT_GUIDE_BANDWIDTH = 80 * GB  # the guide leaves open which memory it speaks of
+OF_GUIDE = ("ram", "ram_bandwidth", "ideal")  # options that the guide's tables depend on
 NOT_MEASURED = "pinfer doctor --measure has not measured this machine"
 
 
@@ -35,15 +47,10 @@ class HardwareOptions:
 
     def __post_init__(self) -> None:
         """ValueError for a number out of range, or two answers to one question."""
-        for name, least in (
-            ("gpu_memory_gb", 0), ("gpu_bandwidth", math.ulp(0)), ("ram_bandwidth", math.ulp(0)),
-            ("pcie_bandwidth", math.ulp(0)), ("sync_us", 0),
-        ):  # fmt: skip
+        for name, least, most in LIMITS:
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= least):
-                raise ValueError(
-                    f"{flag(name)} must be finite and {'at least 0' if not least else 'above 0'}, not {value:g}"
-                )
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{flag(name)} must lie in [{least:g}, {most:g}], not {value:g}")
         if self.ram is not None and self.ram_bandwidth is not None:
             raise ValueError(f"give --ram {self.ram} or --ram-bandwidth {self.ram_bandwidth:g}, not both")
 
@@ -51,6 +58,14 @@ class HardwareOptions:
     def reach(self) -> Reach:
         """The shares of data sheets that are assumed where none is given."""
         return IDEAL if self.ideal else DERATED
+
+
+def check_for_guide(asked: HardwareOptions, others: Mapping[str, object]) -> None:
+    """ValueError for an option that --guide would leave out. others: values by name, None where not given."""
+    own = {one.name: getattr(asked, one.name) for one in fields(asked) if one.name not in OF_GUIDE}
+    for name, value in (own | dict(others)).items():
+        if value is not None:
+            raise ValueError(f"{flag(name)} {value} has no meaning with --guide")
 
 
 def flag(name: str) -> str:
@@ -75,13 +90,8 @@ class Finder:
     def hardware(self) -> Hardware:
         """ValueError says which figure is missing, and how to give it."""
         asked, reach = self.options, self.options.reach
-        gpu = None if self.card or asked.gpu_bandwidth else self.rates and self.rates.gpu
-        copies = (
-            (gpu.to_gpu_bandwidth, gpu.to_cpu_bandwidth)
-            if gpu
-            else (self.card.copy_bandwidth if self.card else 25e9,) * 2
-        )
-        to_gpu, to_cpu = copies if asked.pcie_bandwidth is None else (GB * asked.pcie_bandwidth,) * 2
+        gpu = None if self.card or asked.gpu_bandwidth or self.rates is None else self.rates.gpu
+        to_gpu, to_cpu = self._copies(gpu)
         measured_sync = gpu.sync_s if gpu and not asked.ideal else reach.sync_s
         return Hardware(
             name=f"{self._gpu_name()} and {self._memory_name()}",
@@ -96,14 +106,25 @@ class Finder:
             kernel_s=gpu.graph_kernel_s if gpu and not asked.ideal else 0.0,
         )
 
+    def _copies(self, measured: GpuRates | None) -> tuple[float, float]:
+        """Bytes/s to the GPU and to the CPU."""
+        if self.options.pcie_bandwidth is not None:
+            return (GB * self.options.pcie_bandwidth,) * 2
+        if measured is not None:
+            return measured.to_gpu_bandwidth, measured.to_cpu_bandwidth
+        if self.card:
+            return (self.card.copy_bandwidth,) * 2
+        return Hardware.to_gpu_bandwidth, Hardware.to_cpu_bandwidth
+
     def budget_bytes(self) -> int | None:
         """The GPU memory to stay within; ValueError above what the card has."""
         if self.options.gpu_memory_gb is None:
             return None
-        budget = int(self.options.gpu_memory_gb * GB)
+        budget = round(GB * self.options.gpu_memory_gb)  # as a run does, which looks for a plan of its budget
         if self.card and budget > self.card.memory_bytes:
             raise ValueError(
-                f"--gpu-memory-gb {self.options.gpu_memory_gb:g} is more than {self.card.name} has, {self.card.memory_bytes / GB:.1f} GB"
+                f"--gpu-memory-gb {self.options.gpu_memory_gb:g} is more than the {self.card.memory_bytes / GB:.2f} "
+                f"of {self.card.name}"
             )
         return budget
 
@@ -134,6 +155,12 @@ class Finder:
         if self.rates:
             return self.rates.cpu_bandwidth
         raise ValueError(f"give the memory's bandwidth with --ram-bandwidth, or its kind with --ram: {NOT_MEASURED}")
+
+    def guide_bandwidth(self) -> float:
+        """Bytes/s of the memory that the guide's tables are for: not this machine's, but what is named."""
+        if self.options.ram is None and self.options.ram_bandwidth is None:
+            return DEFAULT_GUIDE_BANDWIDTH
+        return self._cpu_bandwidth()
 
     def _gpu_name(self) -> str:
         if self.card:

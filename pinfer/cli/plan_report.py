@@ -17,6 +17,7 @@ from pinfer.cli.plan_subject import Subject
 from pinfer.placement import ModelShape
 from pinfer.placement.baselines import dense_layers, dense_problem
 from pinfer.placement.explain import Explanation, Rival, explain, rivals
+from pinfer.placement.memory import fixed_items
 from pinfer.placement.problem import Problem, evaluate
 from pinfer.placement.simulate import Simulation, simulate
 from pinfer.placement.solver import Solution, solve
@@ -53,7 +54,7 @@ class Report:
         unturned = None
         if compare and subject.unturned is not None:
             unturned = solve(dataclasses.replace(problem, shape=subject.unturned)).tokens_per_s
-        explanation = explain(problem, solution, subject.dense) if explained else None
+        explanation = explain(problem, solution) if explained else None
         compared = rivals(problem, solution, subject.dense) if compare else _dense(problem, solution, subject.dense)
         return cls(
             problem, subject, solution, simulate(problem, solution.plan), by_depth, compared, unturned, explanation
@@ -154,10 +155,17 @@ def _speed(report: Report) -> Iterator[str]:
     yield (
         f"of a token the GPU works {100 * simulation.busy('gpu'):.0f} %, the CPU {100 * simulation.busy('cpu'):.0f} %, "
         f"copies and hand-overs take {100 * simulation.busy('link'):.0f} %; "
-        f"that tokens name more and fewer neurons than the mean adds {1e6 * simulation.spread_s:.1f} µs"
+        f"tokens that name more or fewer neurons than the mean add {1e6 * simulation.spread_s:.1f} µs on average"
     )
     gap = math.ceil(1e5 * solution.gap) / 1e3
     yield f"no placement is more than {gap:.3f} % faster; solved in {solution.solve_seconds:.2f} s"
+    problem = report.problem
+    fixed, budget = sum(fixed_items(problem.shape, problem.context, problem.reserves).values()), problem.budget
+    if budget <= fixed:
+        yield (
+            f"the GPU stays unused: its context, graph and activations take {fixed / 1e9:.3f} GB before any weight, "
+            f"and the budget is {budget / 1e9:.3f} GB"
+        )
 
 
 def _memory(report: Report) -> Table:
@@ -182,6 +190,6 @@ def _comparison(report: Report) -> Table:
     ours = report.solution.tokens_per_s
     table.add_row("this plan", f"{ours:.2f}", "", f"{report.solution.memory.gpu_bytes:,}")
     for one in report.rivals:
-        verdict = "as good" if one.as_good else f"{100 / (1 + one.slower):.1f} %"
+        verdict = "as good" if one.as_good else f"{'FASTER, ' if one.slower < 0 else ''}{100 / (1 + one.slower):.1f} %"
         table.add_row(NAMES[one.name], f"{one.tokens_per_s:.2f}", verdict, f"{one.gpu_bytes:,}")
     return table

@@ -30,6 +30,7 @@ from pinfer.placement.statistics import LayerStatistics, from_tensors
 from pinfer.sparsify import THRESHOLDED, resolve_method
 
 DEFAULT_TYPE, DEFAULT_SKEW, DEFAULT_DENSITY, DEFAULT_RANK = "q4_k_m", "relu-llama-70b", 0.1, 256
+MOST_PREDICTOR_GB, RANKS = 1e6, range(32, 8192 + 1, 32)
 SHIPPED_PREDICTORS = SHIPPED_MODEL.with_name("pinfer-tiny.pinfer")
 
 
@@ -56,10 +57,13 @@ class SubjectOptions:
             raise ValueError(f"--density must lie in (0, 1], not {self.density:g}")
         if self.over_prediction is not None and not (math.isfinite(self.over_prediction) and self.over_prediction >= 1):
             raise ValueError(f"--over-prediction must be at least 1, not {self.over_prediction:g}")
-        if self.predictor_gb is not None and not (math.isfinite(self.predictor_gb) and self.predictor_gb >= 0):
-            raise ValueError(f"--predictor-gb must be at least 0, not {self.predictor_gb:g}")
-        if self.predictor_rank is not None and (self.predictor_rank < 32 or self.predictor_rank % 32):
-            raise ValueError(f"--predictor-rank must be a positive multiple of 32, not {self.predictor_rank}")
+        if self.predictor_gb is not None and not 0 <= self.predictor_gb <= MOST_PREDICTOR_GB:
+            raise ValueError(f"--predictor-gb must lie in [0, {MOST_PREDICTOR_GB:g}], not {self.predictor_gb:g}")
+        if self.predictor_rank is not None and (self.predictor_rank not in RANKS):
+            raise ValueError(
+                f"--predictor-rank must be a multiple of {RANKS.step} in [{RANKS.start}, {RANKS[-1]}], "
+                f"not {self.predictor_rank}"
+            )
         self._check_together()
 
     def _check_together(self) -> None:
@@ -79,13 +83,14 @@ class SubjectOptions:
 @dataclass(frozen=True)
 class Subject:
     """A model to place. shape: with its predictors; dense: the same without, in the file's types; rates: float64 [N] a
-    layer, the share of tokens on which a neuron is named; said: where the rates come from. unturned: the shape if down
-    kept the file's type as rows, where it does not."""
+    layer, the share of tokens on which a neuron is named; said: where the rates come from; context: the model's limit.
+    unturned: the shape if down kept the file's type as rows, where it does not."""
 
     shape: ModelShape
     dense: ModelShape
     rates: Sequence[np.ndarray]
     said: str
+    context: int
     unturned: ModelShape | None = None
 
 
@@ -113,9 +118,8 @@ def _published(options: SubjectOptions, default_over: float) -> Subject:
     over = options.over_prediction or (1.0 if method in READS_GATE else default_over)
     rates, said = _rates(options, over, shape, None)
     unturned = None if options.down == "file" else published_shape(name, kind, predictor, down="file")
-    return Subject(
-        shape, published_shape(name, kind, down="file"), rates, said, unturned if unturned != shape else None
-    )
+    dense, limit = published_shape(name, kind, down="file"), PUBLISHED[name].context
+    return Subject(shape, dense, rates, said, limit, unturned if unturned != shape else None)
 
 
 def _of_file(options: SubjectOptions, default_over: float) -> Subject:
@@ -136,7 +140,7 @@ def _of_file(options: SubjectOptions, default_over: float) -> Subject:
     if densities is not None and options.density is None:
         options = dataclasses.replace(options, density=sum(densities) / len(densities))
     rates, said = _rates(options, over, shape, solved)
-    return Subject(shape, model_shape(gguf, config, "dense"), rates, said)
+    return Subject(shape, model_shape(gguf, config, "dense"), rates, said, config.context_length)
 
 
 def _method(options: SubjectOptions, config: ModelConfig) -> Method:

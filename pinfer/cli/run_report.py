@@ -42,7 +42,8 @@ def print_layers(layers: Sequence[LayerRun]) -> None:
     note(
         "home: where its attention is; hits: named neurons that are hot; over: bytes a token takes to the CPU and back"
     )
-    note(f"recall and busy shares are of {layers[0].samples} tokens each, hits and density of all decoded ones")
+    tokens = f"{layers[0].samples} token{'' if layers[0].samples == 1 else 's'}"
+    note(f"recall and busy shares are of {tokens} each, hits and density of all decoded ones")
 
 
 def layer_figures(layers: Sequence[LayerRun]) -> list[dict[str, Any]]:

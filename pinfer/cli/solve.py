@@ -46,7 +46,7 @@ from pinfer.engine.text import Text, cut
 from pinfer.quality import Target
 from pinfer.solve.calibration import make_calibration
 from pinfer.solve.estimate import estimate_stages
-from pinfer.solve.placing import PlacePlan, make_plan
+from pinfer.solve.placing import PlacePlan, check_layers, make_plan
 
 DEFAULT_QUALITY = 0.99
 Density = Annotated[float | None, typer.Option("--density", help="Mean share of neurons to compute, such as 0.3.")]
@@ -93,6 +93,8 @@ def solve_command(
     )
     settings = training_settings(rank, share, steps, sparsity, disk_gb)
     job = Job.of(run, method, Text.read(text), tokens, settings, output)
+    if placing is not None:
+        check_layers(job.engine, placing)
     profiled = cut(job.engine.tokenizer, job.text, DEFAULT_TOKENS, job.engine.model.context)
     if dry_run:
         tell_estimates(job, estimate_stages(job.engine, job.plan, job.parts, profiled), json)
@@ -137,6 +139,8 @@ def solve_command(
 
 def place_plan(asked: HardwareOptions, gpu_layers: int | None, device: DeviceName) -> PlacePlan | None:
     """What to place for; None where no GPU's memory is said and none is there. ValueError for what is out of range."""
+    if gpu_layers is not None and gpu_layers < -1:
+        raise ValueError(f"--target-gpu-layers must be at least -1 (all), not {gpu_layers}")
     finder = Finder(asked)
     budget = finder.budget_bytes()
     if budget is None and finder.card is not None:

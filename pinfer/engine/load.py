@@ -26,8 +26,8 @@ from pinfer.engine.fitting import (
     sequences_to_fit_on,
 )
 from pinfer.engine.hardware import read_machine
-from pinfer.engine.place import place_model
-from pinfer.engine.plans import GB, Placement, Placer, mean_density
+from pinfer.engine.place import place_model, runnable
+from pinfer.engine.plans import GB, Placement, Placer, mean_density, read_plan
 from pinfer.engine.prepared import Prepared
 from pinfer.engine.rates import kept_rates, prefill_costs
 from pinfer.engine.shape import READS_ALL, model_shape
@@ -43,6 +43,7 @@ from pinfer.kernels.registry import backend_on, check_backend, use_backend, use_
 from pinfer.models import Transformer, build_model, replace_weights
 from pinfer.overlap import Lane, Place
 from pinfer.placement import Plan
+from pinfer.placement.memory import check_plan
 from pinfer.predictors import InputThreshold, Predictor
 from pinfer.sparsify import (
     THRESHOLDED,
@@ -162,6 +163,9 @@ def _made(engine: Engine, prepared: Prepared, solved: Solved | None, find: Find)
     device = device_for(wanted, None if run.gpu_memory_gb is None else round(GB * run.gpu_memory_gb))
     predictors = _predictors(engine, prepared, solved)
     if device is None:
+        if run.plan is not None:  # it may be meant for another model, and would be refused where there is a GPU
+            shape = model_shape(engine.gguf, engine.config, engine.method, predictors.fitted)
+            check_plan(shape, runnable(read_plan(run.plan)))
         plan = Plan.uniform(engine.config.n_layers, engine.config.d_ffn, run.cold_fraction)
         _make_sparse(engine, prepared, predictors, plan if run.cold_fraction else None)
         _lay_out(model)

@@ -7,6 +7,10 @@ whole, make it exact over hottest-first placements.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +23,7 @@ from pinfer.placement.options import ON_GPU, Curve
 TANGENTS = 24
 SCALE = 1e4  # of the objective and of memory, so that HiGHS's absolute tolerances are far below what counts
 TIME_LIMIT_S = 5.0
+STDOUT = 1
 LEAST_GAP = 5e-4
 
 
@@ -53,15 +58,37 @@ class _Model:
         columns = np.concatenate([row.columns for row in self.rows])
         values = np.concatenate([row.values for row in self.rows])
         matrix = coo_array((values, (index, columns)), shape=(len(self.rows), len(self.costs))).tocsr()
-        result = milp(
-            np.array(self.costs),
-            integrality=np.array(self.whole),
-            bounds=Bounds(0, np.array(self.upper)),
-            constraints=LinearConstraint(matrix, [row.low for row in self.rows], [row.high for row in self.rows]),
-            options={"mip_rel_gap": gap, "time_limit": TIME_LIMIT_S},
-        )
+        with _unheard():
+            result = milp(
+                np.array(self.costs),
+                integrality=np.array(self.whole),
+                bounds=Bounds(0, np.array(self.upper)),
+                constraints=LinearConstraint(matrix, [row.low for row in self.rows], [row.high for row in self.rows]),
+                options={"mip_rel_gap": gap, "time_limit": TIME_LIMIT_S},
+            )
         bound = getattr(result, "mip_dual_bound", None)
         return result.x, -np.inf if bound is None else float(bound)
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Keeps C's standard output from the user's, where it would stand in the midst of JSON: now and then HiGHS prints a
+    line of its debugging, whatever it is asked."""
+    c = ctypes.CDLL(None)
+    c.fflush(None)  # what was printed before is the user's
+    try:
+        kept = os.dup(STDOUT)
+    except OSError:  # it is closed: nothing can be heard
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), STDOUT)
+    try:
+        yield
+    finally:
+        c.fflush(None)
+        os.dup2(kept, STDOUT)
+        os.close(kept)
 
 
 def by_highs(

@@ -35,12 +35,6 @@ class Rival:
     def as_good(self) -> bool:
         return abs(self.slower) <= AS_GOOD
 
-    @property
-    def verdict(self) -> str:
-        if self.as_good:
-            return "as good as this plan"
-        return f"{'FASTER: ' if self.slower < 0 else ''}this plan is {1 + self.slower:.2f} times as fast"
-
 
 @dataclass(frozen=True)
 class Explanation:
@@ -54,7 +48,6 @@ class Explanation:
     another_gb: float
     one_less_gb: float | None
     price: float
-    rivals: tuple[Rival, ...]
 
     @property
     def limit(self) -> str:
@@ -62,33 +55,29 @@ class Explanation:
         return max(self.savings, key=lambda name: self.savings[name])
 
     def to_plain(self) -> dict[str, Any]:
-        rivals = [
-            dataclasses.asdict(one) | {"tokens_per_s": one.tokens_per_s, "as_good": one.as_good} for one in self.rivals
-        ]
-        return dataclasses.asdict(self) | {"limit": self.limit, "rivals": rivals}
+        return dataclasses.asdict(self) | {"limit": self.limit}
 
     def lines(self, solution: Solution) -> list[str]:
         """The same for people."""
         total, speed = solution.token_s, solution.tokens_per_s
         listed = ", ".join(
-            f"{name} {1e3 * seconds:.3g} ms ({seconds / total:.0%})" for name, seconds in self.parts.items() if seconds
+            f"{name} {1e3 * seconds:.3g} ms ({100 * seconds / total:.0f} %)"
+            for name, seconds in self.parts.items()
+            if seconds
         )
         savings = ", ".join(
-            f"{name} {share:.1%}" for name, share in sorted(self.savings.items(), key=lambda one: -one[1])
+            f"{name} {100 * share:.1f} %" for name, share in sorted(self.savings.items(), key=lambda one: -one[1])
         )
         less = "does not fit" if self.one_less_gb is None else f"{self.one_less_gb:.2f}"
-        lines = [
+        return [
             f"A token takes {1e3 * total:.3g} ms: {listed}.",
             f"Limit: {self.limit}. Ten per cent more of each would save: {savings}.",
             f"One GB more: {self.another_gb:.2f} tokens/s; one less: {less}; now {speed:.2f}.",
         ]
-        for one in self.rivals:
-            lines.append(f"{one.name}: {one.tokens_per_s:.2f} tokens/s; {one.verdict}.")
-        return lines
 
 
-def explain(problem: Problem, solution: Solution, dense: ModelShape | None = None) -> Explanation:
-    """dense: the model's shape without a predictor, for llama.cpp's layers; left out of the rivals if None."""
+def explain(problem: Problem, solution: Solution) -> Explanation:
+    """Solved anew with other budgets, and timed on other hardware."""
     another = solve(dataclasses.replace(problem, budget_bytes=problem.budget + GB))
     total = solution.token_s
     return Explanation(
@@ -97,12 +86,12 @@ def explain(problem: Problem, solution: Solution, dense: ModelShape | None = Non
         another_gb=another.tokens_per_s,
         one_less_gb=_one_less(problem),
         price=solution.price_s_per_byte * GB / total,
-        rivals=rivals(problem, solution, dense),
     )
 
 
 def rivals(problem: Problem, solution: Solution, dense: ModelShape | None = None) -> tuple[Rival, ...]:
-    """Every baseline's time under the same objective and memory account."""
+    """Every baseline's time under the same objective and memory account. dense: the model's shape without a predictor,
+    for llama.cpp's layers, which come last; left out if None."""
     placed = [(name, problem, place(problem)) for name, place in BASELINES.items()]
     if dense is not None:
         without = dense_problem(problem, dense)

@@ -45,9 +45,6 @@ class Reserves:
             raise ValueError(f"margin must lie in [0, 1), not {self.margin}")
 
 
-NO_RESERVES = Reserves(0, 0, 0.0, 1, 0)
-
-
 @dataclass(frozen=True)
 class Memory:
     """Bytes by item on either device; `gpu_bytes` is what a budget is compared with."""

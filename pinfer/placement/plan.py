@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -111,28 +112,39 @@ class Plan:
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Plan:
         """What `to_plain` gave. ValueError for another format, or where something is missing or does not fit."""
-        try:
-            if plain["format"] != FORMAT:
-                raise ValueError(f"a plan of format {plain['format']}, this version reads {FORMAT}")
-            layers = tuple(_layer(number, one) for number, one in enumerate(_sequence(plain["layers"])))
-            return cls(layers, plain["head"], plain["context"], plain["budget_bytes"], plain["figures"])
-        except (KeyError, TypeError) as problem:
-            raise ValueError(f"no plan: {problem!r} is missing or of another type") from problem
+        if (found := _taken(plain, "format", int)) != FORMAT:
+            raise ValueError(f"a plan of format {found}, this version reads {FORMAT}")
+        layers = tuple(_layer(number, one) for number, one in enumerate(_taken(plain, "layers", list)))
+        return cls(
+            layers,
+            _taken(plain, "head", str),
+            _taken(plain, "context", int, NoneType),
+            _taken(plain, "budget_bytes", int, NoneType),
+            _taken(plain, "figures", Mapping),
+        )
 
 
-def _sequence(value: Any) -> Sequence[Mapping[str, Any]]:
-    if not isinstance(value, list):
-        raise TypeError("layers")
+def _taken(plain: Any, name: str, *types: type) -> Any:
+    """A value of plain data. ValueError where it is missing or none of these types."""
+    if not isinstance(plain, Mapping) or name not in plain:
+        raise ValueError(f"no plan: {name} is missing")
+    value = plain[name]
+    if not isinstance(value, types):
+        wanted = " or ".join(one.__name__ for one in types)
+        raise ValueError(f"no plan: {name} is of type {type(value).__name__}, not {wanted}")
     return value
 
 
-def _layer(number: int, plain: Mapping[str, Any]) -> LayerPlan:
-    count = plain["n_neurons"]
-    packed = np.frombuffer(base64.b64decode(plain["hot"], validate=True), dtype=np.uint8)
-    if not isinstance(count, int) or len(packed) != -(-count // 8):
-        raise ValueError(f"layer {number}: {len(packed)} bytes of hot neurons for {count} neurons")
-    hot = torch.from_numpy(np.unpackbits(packed, count=count, bitorder="little").astype(bool))
-    layer = LayerPlan(plain["attention"], hot, plain["predictor"])
-    if layer.n_hot != plain["n_hot"]:
-        raise ValueError(f"layer {number}: {layer.n_hot} hot neurons where {plain['n_hot']} are announced")
+def _layer(number: int, plain: Any) -> LayerPlan:
+    try:
+        count, n_hot = _taken(plain, "n_neurons", int), _taken(plain, "n_hot", int)
+        packed = np.frombuffer(base64.b64decode(_taken(plain, "hot", str), validate=True), dtype=np.uint8)
+        if count < 0 or len(packed) != -(-count // 8):
+            raise ValueError(f"{len(packed)} bytes of hot neurons for {count} neurons")
+        hot = torch.from_numpy(np.unpackbits(packed, count=count, bitorder="little").astype(bool))
+        layer = LayerPlan(_taken(plain, "attention", str), hot, _taken(plain, "predictor", str))
+        if layer.n_hot != n_hot:
+            raise ValueError(f"{layer.n_hot} hot neurons where {n_hot} are announced")
+    except ValueError as problem:
+        raise ValueError(f"layer {number}: {problem}") from problem
     return layer

@@ -64,12 +64,17 @@ def measured_rates(
     """Rates float64 [N] a layer from how often neurons fired, times over-prediction.
 
     density: the mean over the model that firing is scaled to first; None: as counted. No rate exceeds 1, and what
-    scaling takes above it goes to the others. ValueError where nothing fired or a number is out of range.
+    scaling takes above it goes to the others. ValueError where nothing fired, or fired on more tokens than there were, or a
+    number is out of range.
     """
     if not over_prediction >= 1 or not math.isfinite(over_prediction):
         raise ValueError(f"over_prediction must be at least 1, not {over_prediction}")
     if density is not None and not 0 < density <= 1:
         raise ValueError(f"density must lie in (0, 1], not {density}")
+    for number, one in enumerate(statistics):
+        tokens, least, most = int(one.tokens), int(one.fired.min()), int(one.fired.max())
+        if not 0 <= least <= most <= tokens or not tokens:
+            raise ValueError(f"layer {number}: neurons fired on {least} to {most} of {tokens} tokens")
     rates = [(one.fired.double() / int(one.tokens)).numpy() for one in statistics]
     total, count = sum(float(one.sum()) for one in rates), sum(map(len, rates))
     if total == 0:

@@ -267,6 +267,12 @@ def _plan(problem: Problem, chain: Chain, best: Choice) -> Plan:
     return Plan(layers[:-1], "gpu" if ON_GPU[best.ways[-1]] else "cpu", problem.context, problem.budget)
 
 
+def check_pinned(problem: Problem) -> None:
+    """ValueError, with what would fit, where the pinned layers do not: what `solve` refuses, without solving."""
+    if problem.pinned and _pinned_bytes(problem) > problem.budget:
+        raise ValueError(refusal(problem))
+
+
 def refusal(problem: Problem) -> str:
     """Why the pinned layers do not fit, in numbers, and what would."""
     n_layers, names = len(problem.shape.layers), f"{problem.pinned} layers"

@@ -7,15 +7,17 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from pinfer.engine import Engine
 from pinfer.engine.fitting import kept_densities
 from pinfer.engine.plans import mean_density, reserves_of, typically_filled
 from pinfer.engine.shape import model_shape
 from pinfer.engine.solved import ACTIVATIONS, CALIBRATION, PLAN, Solved
-from pinfer.placement import Hardware
+from pinfer.placement import Hardware, ModelShape
 from pinfer.placement.problem import Problem
 from pinfer.placement.skew import measured_rates
-from pinfer.placement.solver import solve
+from pinfer.placement.solver import check_pinned, solve
 from pinfer.placement.statistics import from_tensors
 from pinfer.predictors import Predictor
 from pinfer.solve.predictors import PredictorPlan
@@ -31,6 +33,16 @@ class PlacePlan:
     budget_bytes: int
     gpu_layers: int = 0
     emulated: bool = False
+
+
+def check_layers(engine: Engine, wanted: PlacePlan) -> None:
+    """ValueError where the layers asked for do not fit even without predictors: told before those are made."""
+    shape = model_shape(engine.gguf, engine.config, "dense", rearranged=not wanted.emulated)
+    none = [np.zeros(layer.n_neurons) for layer in shape.layers]
+    try:
+        check_pinned(_problem(engine, shape, none, wanted))
+    except ValueError as problem:
+        raise ValueError(f"{problem}, before any predictors") from problem
 
 
 def make_plan(
@@ -52,7 +64,10 @@ def make_plan(
         if done is not None and done.settings == settings:
             tell(f"{solved.path} is placed for this already")
             return done.figures
-        found = solve(_problem(engine, solved, predictors, method, wanted))
+        statistics = from_tensors(solved.read_tensors(ACTIVATIONS), engine.config.n_layers)
+        rates = measured_rates(statistics, density=mean_density(kept_densities(solved)))
+        shape = model_shape(engine.gguf, engine.config, method.method, predictors, rearranged=not wanted.emulated)
+        found = solve(_problem(engine, shape, rates, wanted))
         figures = {
             "gpu_bytes": found.memory.gpu_bytes,
             "gpu_items": dict(found.memory.gpu),
@@ -70,14 +85,11 @@ def make_plan(
     return solved.stages[PLACE].figures
 
 
-def _problem(
-    engine: Engine, solved: Solved, predictors: Sequence[Predictor], method: PredictorPlan, wanted: PlacePlan
-) -> Problem:
-    """What the solver is asked: named as often as the profile says, at the density that calibration chose."""
-    statistics = from_tensors(solved.read_tensors(ACTIVATIONS), engine.config.n_layers)
+def _problem(engine: Engine, shape: ModelShape, rates: Sequence[np.ndarray], wanted: PlacePlan) -> Problem:
+    """What the solver is asked. rates: float64 [N] a layer, how often neurons are named."""
     return Problem(
-        model_shape(engine.gguf, engine.config, method.method, predictors, rearranged=not wanted.emulated),
-        measured_rates(statistics, density=mean_density(kept_densities(solved))),
+        shape,
+        rates,
         wanted.hardware,
         engine.model.context,
         wanted.budget_bytes,
