@@ -25,6 +25,7 @@ from pinfer.ffn import HybridFFN
 from pinfer.formats.gguf import GGUFFile
 from pinfer.formats.model_config import model_config
 from pinfer.models import build_model
+from pinfer.overlap.lane import WorkerLane
 from pinfer.placement import LayerPlan, Plan
 from pinfer.placement.memory import Reserves
 from pinfer.sparsify import exact_predictors, sparsify
@@ -114,6 +115,17 @@ def test_a_plan_file_is_run(llama: Path, tmp_path: Path) -> None:
     assert [isinstance(ffn, HybridFFN) for ffn in both.model.ffns()] == [True, True, False, False]
     assert both.placement is not None
     assert both.placement.n_layers == 2
+
+
+@pytest.mark.parametrize(("threads", "of_device", "of_worker"), [(1, 1, 1), (2, 1, 1), (5, 2, 3)])
+def test_an_emulated_device_and_its_workers_share_the_threads(
+    llama: Path, tmp_path: Path, threads: int, of_device: int, of_worker: int
+) -> None:
+    path = written(tmp_path, Plan.uniform(LAYERS, NEURONS, 0.5))
+    engine = load_engine(run_config(llama, method="exact", plan=path, threads=threads))
+    ffn = engine.model.ffns()[0]
+    assert isinstance(ffn, HybridFFN) and isinstance(ffn.lane, WorkerLane)
+    assert (torch.get_num_threads(), [one.place.threads for one in ffn.lane.workers]) == (of_device, [of_worker])
 
 
 def test_prompts_bring_cold_weights_where_that_was_measured_to_be_faster(

@@ -56,7 +56,7 @@ def load_with(path: Path, plan: str | None) -> Engine:
 def test_a_split_run_is_counted_as_a_whole_one(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int
 ) -> None:
-    monkeypatch.setattr(load, "_cold_places", lambda run: [Place(1)] * shards)
+    monkeypatch.setattr(load, "_cold_places", lambda run, threads: [Place(1)] * shards)
     whole, split = load_with(llama, None), load_with(llama, plan_file(tmp_path))
     assert isinstance(split.model.ffns()[0], HybridFFN)
     assert len(split.model.ffns()[0].cold) == shards
@@ -120,7 +120,7 @@ def test_what_crosses_is_counted_wherever_a_layer_lies(llama: Path, tmp_path: Pa
 def test_busy_shares_of_several_cold_shards_are_their_mean(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "_cold_places", lambda run: [Place(1)] * 2)
+    monkeypatch.setattr(load, "_cold_places", lambda run, threads: [Place(1)] * 2)
     statistics = RunStatistics(load_with(llama, plan_file(tmp_path)))
     timed = statistics._layers[0].timed
     timed.gpu_s, timed.cpu_s, timed.wall_s = 0.5, 1.5, 1.0

@@ -184,13 +184,21 @@ def _made(engine: Engine, prepared: Prepared, solved: Solved | None, find: Find)
 
 
 def _lane(run: RunConfig, device: Device) -> Lane | None:
-    """What computes cold neurons beside a device; prompts choose by what `pinfer doctor --measure` has kept."""
-    return device.lane(_cold_places(run), prefill_costs(kept_rates(read_machine())))
+    """What computes cold neurons beside a device; prompts choose by what `pinfer doctor --measure` has kept.
+
+    The thread that drives the device is not the workers'; an emulated one computes with half of the threads.
+    """
+    threads = torch.get_num_threads()
+    of_device = threads // 2 if device.name == "emulated" else 1
+    if device.name == "emulated":
+        torch.set_num_threads(max(1, of_device))
+    places = _cold_places(run, max(1, threads - of_device))
+    return device.lane(places, prefill_costs(kept_rates(read_machine())))
 
 
-def _cold_places(run: RunConfig) -> int | list[Place]:
+def _cold_places(run: RunConfig, threads: int) -> int | list[Place]:
     """Where cold neurons are computed: on a worker for each node under `distribute`, else on one of all threads."""
-    threads, topology = torch.get_num_threads(), read_topology()
+    topology = read_topology()
     if run.numa != "distribute" or topology is None or len(topology.nodes) == 1:
         return threads
     return cold_places(min(threads, len(topology.cores) - 1), topology)
