@@ -260,6 +260,17 @@ def test_doctor_measures_keeps_and_shows(capsys: pytest.CaptureFixture[str], mon
     assert "GB/s with 1 thread\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("cores", [0.0, 1.5, None])
+def test_doctor_says_when_others_were_busy(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, cores: float | None
+) -> None:
+    small = dataclasses.replace(PLAIN, available_bytes=4 << 20, topology=Topology((Core((0,), 0),)))
+    monkeypatch.setattr("pinfer.cli.doctor.read_machine", lambda: small)
+    monkeypatch.setattr("pinfer.cli.doctor.OtherLoad.cores", lambda _: cores)
+    assert run(["doctor", "--measure"]) == OK
+    assert ("other programs kept 1.5 cores busy" in capsys.readouterr().err) == (cores == 1.5)
+
+
 def test_doctor_with_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pinfer.cli.doctor.read_machine", lambda: WITH_GPU)
     keep_rates(WITH_GPU, MEASURED)

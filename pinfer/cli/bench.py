@@ -12,6 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from pinfer.benchmark import ContestantReport, Report, Settings, Spread, run_benchmark
+from pinfer.benchmark.other_load import BUSY_CORES
 from pinfer.cli import options
 from pinfer.cli.console import console, emit_json, note, printable, size
 from pinfer.cli.generate import (
@@ -37,7 +38,6 @@ LlamaPython = Annotated[
     str | None, typer.Option("--llama-python", help="Interpreter that has llama_cpp; this one if left out.")
 ]
 
-BUSY_CORES = 0.1  # of other programs: above that, a remark
 UNBOUNDED = 1000  # columns: wider than any table here
 
 

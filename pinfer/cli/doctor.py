@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from pinfer.benchmark.other_load import BUSY_CORES, OtherLoad
 from pinfer.cli import options
 from pinfer.cli.console import console, emit_json, note, printable, size
 from pinfer.engine.advice import advice
@@ -38,6 +39,7 @@ def _measured(machine: Machine) -> Rates:
     """Measured now, and kept; RuntimeError where nothing can be measured."""
     if machine.core_problem is not None:
         raise RuntimeError(f"CPU bandwidth cannot be measured: {machine.core_problem}")
+    load = OtherLoad([])
     cpu, flops = measure_cpu(machine, note), measure_products(note)
     if machine.gpu is None:
         note(f"no GPU is measured: {machine.gpu_problem}")
@@ -45,6 +47,8 @@ def _measured(machine: Machine) -> Rates:
     else:
         with torch.inference_mode():
             rates = Rates(cpu, measure_gpu(CudaDevice(), note), flops)
+    if (busy := load.cores() or 0.0) > BUSY_CORES:
+        note(f"other programs kept {busy:.1f} cores busy meanwhile: measure again when they do not, plans rest on this")
     try:
         note(f"kept in {keep_rates(machine, rates)}")
     except (OSError, RuntimeError) as problem:
