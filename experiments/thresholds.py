@@ -25,7 +25,8 @@ from pinfer import sparsify
 from pinfer.config import Method, RunConfig
 from pinfer.engine import Engine, load_engine
 from pinfer.engine.text import CALIBRATION_TEXT
-from pinfer.ffn import InputSparseFFN, SparseFFN
+from pinfer.ffn import SparseFFN
+from pinfer.input_sparse_ffn import InputSparseFFN
 from pinfer.quality import Perplexity, perplexity, windows
 
 HERE = Path(__file__).parent

@@ -17,10 +17,9 @@ from pinfer.ffn import (
     DenseFFN,
     FFNWeights,
     HybridFFN,
-    InputMajorWeights,
-    InputSparseFFN,
     SparseFFN,
 )
+from pinfer.input_sparse_ffn import InputMajorWeights, InputSparseFFN
 from pinfer.kernels.activation import CLAMPS_UP, ZERO_BELOW_ZERO
 from pinfer.kernels.transpose import transpose_weights
 from pinfer.models import LayerWalk, Transformer

@@ -16,7 +16,8 @@ from pinfer.config import RunConfig
 from pinfer.engine import load_engine
 from pinfer.engine.fitting import sequences_to_fit_on
 from pinfer.engine.text import Text
-from pinfer.ffn import DenseFFN, InputMajorWeights, InputSparseFFN
+from pinfer.ffn import DenseFFN
+from pinfer.input_sparse_ffn import InputMajorWeights, InputSparseFFN
 from pinfer.kernels.activation import hidden_of
 from pinfer.kernels.cpp import core_problem
 from pinfer.kernels.dequantize.reference import dequantize

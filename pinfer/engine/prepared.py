@@ -35,9 +35,10 @@ from safetensors.torch import save as save_safetensors
 
 from pinfer.config import ModelConfig
 from pinfer.engine.mapped import fingerprint, release_pages
-from pinfer.ffn import DenseFFN, InputMajorWeights
+from pinfer.ffn import DenseFFN
 from pinfer.files import temporary
 from pinfer.formats.gguf import GGUFFile
+from pinfer.input_sparse_ffn import InputMajorWeights
 from pinfer.kernels.cpp.build import cache_folder
 from pinfer.kernels.transpose import transpose_weights
 from pinfer.predictors import GateOf, Packed, Predictor, pack, unpack

@@ -5,7 +5,7 @@
 
 so that a skipped input saves a column of G and of U, and a skipped hidden value a row of `down`. No
 activation has to be zero anywhere: it works for GELU and SiLU as for ReLU. It is no `Predictor`, as what
-is skipped of `down` is known once gate and up are computed; `pinfer.ffn.InputSparseFFN` computes it.
+is skipped of `down` is known once gate and up are computed; `pinfer.input_sparse_ffn` computes it.
 
 TEAL searches for a sparsity of its own for each matrix and block; here all have the one asked for.
 """

@@ -22,7 +22,8 @@ from typing import Literal
 
 import torch
 
-from pinfer.ffn import InputSparseFFN, SparseFFN, Thresholds
+from pinfer.ffn import SparseFFN
+from pinfer.input_sparse_ffn import InputSparseFFN, Thresholds
 from pinfer.kernels.activation import ZERO_BELOW_ZERO, activate, hidden_of
 from pinfer.kernels.norms import row_norms
 from pinfer.kernels.ops import input_sparse_matmul, quant_matmul
