@@ -237,6 +237,7 @@ def test_memory_that_runs_out_is_stepped_down_from_once(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: Plan | None
 ) -> None:
     asked: dict[str, Any] = {"gpu_layers": -1} if plan is None else {"plan": written(tmp_path, plan)}
+    asked["threads"] = 4
     whole = load_engine(run_config(llama, **asked))
     expected, short = drawn(whole), whole.vram_bytes - 1
     devices: list[Short] = []
@@ -248,6 +249,7 @@ def test_memory_that_runs_out_is_stepped_down_from_once(
     monkeypatch.setattr(load, "device_for", fewer)
     engine = load_engine(run_config(llama, **asked))
     assert len(devices) == 2
+    assert torch.get_num_threads() == (4 if plan is None else 2)
     assert drawn(engine) == expected
     assert 0 < engine.vram_bytes <= short
     assert any("out of GPU memory" in note and "smaller placement" in note for note in engine.notes)

@@ -130,7 +130,6 @@ def load_engine(run: RunConfig, progress: Callable[[str], None] = lambda _: None
     gguf = GGUFFile.open(path)
     threads = run.threads or (1 if gguf.nbytes < ONE_THREAD_BELOW_BYTES else default_threads())
     threads, remarks = place_threads(run.numa, threads)
-    torch.set_num_threads(threads)
     config = model_config(gguf)
     check_tensors(gguf, config)
     if run.activation is not None:
@@ -146,6 +145,7 @@ def load_engine(run: RunConfig, progress: Callable[[str], None] = lambda _: None
     said: list[str] = []
 
     def make(find: Find) -> Engine:
+        torch.set_num_threads(threads)  # of which a lane may leave the rest of the model fewer
         model = build_model(gguf, config, _context(run.context, config))
         engine = Engine(run, gguf, config, tokenizer, model, method, progress=progress)
         with engine.computing():
