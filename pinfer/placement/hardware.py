@@ -16,7 +16,6 @@ class Hardware:
     to_gpu_bandwidth, to_cpu_bandwidth: of copies over PCIe from and to pinned memory.
     sync_s:        what a layer split over both costs beside its parts: the hand-over there and back.
     kernel_s:      what one launch on the GPU costs where nothing else hides it.
-    cpu_flops, gpu_flops: float operations/s of products over many tokens, where known (prefill).
     """
 
     name: str
@@ -29,14 +28,12 @@ class Hardware:
     to_cpu_bandwidth: float = 25e9
     sync_s: float = 30e-6
     kernel_s: float = 0.0
-    cpu_flops: float | None = None
-    gpu_flops: float | None = None
 
     def __post_init__(self) -> None:
         """ValueError for what is not finite and in its range."""
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "name" or value is None:
+            if field.name == "name":
                 continue
             least = 0.0 if field.name in ("gpu_bytes", "sync_s", "kernel_s") else math.ulp(0.0)
             most = 1.0 if field.name.endswith("efficiency") else math.inf

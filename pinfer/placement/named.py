@@ -1,8 +1,8 @@
 """Named hardware: cards and memories from their data sheets, and the shares of a data sheet that kernels reach.
 
-Cards: NVIDIA's data sheets of each product (memory size, memory bandwidth, dense tensor-core rate for
-16-bit inputs with float32 sums). A card's "GB" of memory are 2^30 bytes. Memories: channels × 8 bytes ×
-transfers, as JEDEC names them; the EPYC generations have the channels of AMD's data sheets.
+Cards: NVIDIA's data sheets of each product (memory size, memory bandwidth). A card's "GB" of memory are 2^30
+bytes. Memories: channels × 8 bytes × transfers, as JEDEC names them; the EPYC generations have the channels of
+AMD's data sheets.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ PINNED_SHARE = 0.8
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU as its data sheet has it: bytes, bytes/s, float operations/s, the PCIe generation of its x16 link."""
+    """A GPU as its data sheet has it: bytes, bytes/s, the PCIe generation of its x16 link."""
 
     name: str
     memory_bytes: int
     bandwidth: float
     pcie: int
-    flops: float
 
     @property
     def copy_bandwidth(self) -> float:
@@ -69,15 +68,15 @@ IDEAL = Reach(1.0, 1.0, 30e-6, 1.0)
 
 GIB = 2**30
 CARDS = {
-    "2080ti": Card("RTX 2080 Ti", 11 * GIB, 616e9, 3, 53.8e12),
-    "3090": Card("RTX 3090", 24 * GIB, 936e9, 4, 71e12),
-    "4090": Card("RTX 4090", 24 * GIB, 1008e9, 4, 165e12),
-    "5090": Card("RTX 5090", 32 * GIB, 1792e9, 5, 209e12),
-    "a10040": Card("A100 40GB", 40 * GIB, 1555e9, 4, 312e12),
-    "a10080": Card("A100 80GB", 80 * GIB, 2039e9, 4, 312e12),
-    "h100": Card("H100", 80 * GIB, 3350e9, 5, 989e12),
-    "h200": Card("H200", 140 * GIB, 4800e9, 5, 989e12),
-    "l4": Card("L4", 24 * GIB, 300e9, 4, 121e12),
+    "2080ti": Card("RTX 2080 Ti", 11 * GIB, 616e9, 3),
+    "3090": Card("RTX 3090", 24 * GIB, 936e9, 4),
+    "4090": Card("RTX 4090", 24 * GIB, 1008e9, 4),
+    "5090": Card("RTX 5090", 32 * GIB, 1792e9, 5),
+    "a10040": Card("A100 40GB", 40 * GIB, 1555e9, 4),
+    "a10080": Card("A100 80GB", 80 * GIB, 2039e9, 4),
+    "h100": Card("H100", 80 * GIB, 3350e9, 5),
+    "h200": Card("H200", 140 * GIB, 4800e9, 5),
+    "l4": Card("L4", 24 * GIB, 300e9, 4),
 }
 MEMORIES = {
     "ddr43200": Memory("DDR4-3200", 2, 3.2e9),
