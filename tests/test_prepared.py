@@ -142,7 +142,7 @@ def test_gate_and_up_are_transposed_at_each_start(
     assert torch.equal(first, logits(engine))
     assert torch.equal(first, in_memory(model, monkeypatch, **run))
     for layer, ffn in enumerate(engine.model.ffns()):
-        sources = [engine.gguf.tensor(f"blk.{layer}.ffn_{name}.weight") for name in ("gate", "up", "down")]
+        sources = [engine.file.tensor(f"blk.{layer}.ffn_{name}.weight") for name in ("gate", "up", "down")]
         expected = [transpose_weights(source) for source in sources]
         found = (ffn.weights.gate, ffn.weights.up, ffn.weights.down)
         assert all(torch.equal(one.blocks, turned.blocks) for one, (turned, _) in zip(found, expected, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pinfer.formats.gguf import GGUFFile
+from pinfer.formats import ModelFile
 
 WHOLE_GATE = ("exact", "gate_threshold")  # methods that compute every neuron's gate to predict with
 
@@ -23,8 +23,8 @@ class StepBytes:
     rest: int
 
     @classmethod
-    def of(cls, gguf: GGUFFile) -> StepBytes:
-        matrices = {name: info.nbytes for name, info in gguf.tensors.items() if len(info.shape) > 1}
+    def of(cls, file: ModelFile) -> StepBytes:
+        matrices = {name: info.nbytes for name, info in file.tensors.items() if len(info.shape) > 1}
         if "output.weight" in matrices:
             matrices.pop("token_embd.weight", None)
         gated = any(".ffn_gate." in name for name in matrices)

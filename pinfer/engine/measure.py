@@ -149,13 +149,13 @@ def estimate_profile(engine: Engine, sequences: Sequence[torch.Tensor]) -> Estim
 
 def release_layer(engine: Engine, layer: int) -> None:
     """Let go of the pages of a layer's matrices."""
-    for name, info in engine.gguf.tensors.items():
+    for name, info in engine.file.tensors.items():
         if name.startswith(f"blk.{layer}.") and len(info.shape) == 2:
-            release_pages(engine.gguf.tensor(name))
+            release_pages(engine.file.tensor(name))
 
 
 def layer_bytes(engine: Engine, layer: int) -> int:
-    return sum(info.nbytes for name, info in engine.gguf.tensors.items() if name.startswith(f"blk.{layer}."))
+    return sum(info.nbytes for name, info in engine.file.tensors.items() if name.startswith(f"blk.{layer}."))
 
 
 def rss_bytes() -> int:

@@ -37,6 +37,7 @@ from pinfer.config import ModelConfig
 from pinfer.engine.mapped import fingerprint, release_pages
 from pinfer.ffn import DenseFFN
 from pinfer.files import temporary
+from pinfer.formats import ModelFile
 from pinfer.formats.gguf import GGUFFile
 from pinfer.input_sparse_ffn import InputMajorWeights
 from pinfer.kernels.cpp.build import cache_folder
@@ -55,12 +56,14 @@ BLANK = 64 * "0"  # in place of a SHA-256
 class Prepared:
     """The prepared files of one model; `notes` says what was not as expected, one line each."""
 
-    def __init__(self, gguf: GGUFFile, config: ModelConfig, progress: Callable[[str], None] = lambda _: None) -> None:
-        self._gguf, self._config, self._tell = gguf, config, progress
-        self._large = gguf.nbytes >= CACHE_FROM_BYTES
+    def __init__(
+        self, source: ModelFile, config: ModelConfig, progress: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._file, self._config, self._tell = source, config, progress
+        self._large = source.nbytes >= CACHE_FROM_BYTES
         self._kept = self._large and not os.environ.get("PINFER_NO_CACHE")
         self.notes: list[str] = []
-        self._mapped = {_storage(gguf.tensor("token_embd.weight"))}
+        self._mapped = {part.data.data_ptr() for part in source.parts}
 
     def progress(self, step: str) -> None:
         """Tell of a layer's step where the model is large enough for it to take long."""
@@ -69,7 +72,7 @@ class Prepared:
 
     @cached_property
     def _fingerprint(self) -> str:
-        return fingerprint(self._gguf)
+        return fingerprint(self._file)
 
     def downs(self) -> DownMaker:
         """Each layer's transposed `down`: mapped from its file, which is written if need be, or made in memory."""
@@ -126,7 +129,7 @@ class Prepared:
         return fitted
 
     def _places(self, suffix: str) -> list[Path]:
-        places = [self._gguf.path.with_name(self._gguf.path.name + suffix)]
+        places = [self._file.path.with_name(self._file.path.name + suffix)]
         with contextlib.suppress(RuntimeError):  # a user without a home
             places.append(cache_folder() / f"{self._fingerprint}{suffix}")
         return places
@@ -154,7 +157,7 @@ class Prepared:
                 fill(file)
                 file.flush()
                 os.fsync(file.fileno())
-            shutil.copymode(self._gguf.path, file.name)  # who may read the model may read this
+            shutil.copymode(self._file.parts[0].path, file.name)  # who may read the model may read this
             os.replace(file.name, path)
         finally:
             with contextlib.suppress(OSError):
@@ -170,7 +173,7 @@ class Prepared:
         return last, temporary(last)
 
     def _source(self, layer: int, matrix: str = "down") -> QuantTensor:
-        return self._gguf.tensor(f"blk.{layer}.ffn_{matrix}.weight")
+        return self._file.tensor(f"blk.{layer}.ffn_{matrix}.weight")
 
     def _transposed(self, layer: int, _: DenseFFN | None = None, *, matrix: str = "down") -> tuple[QuantTensor, float]:
         """A matrix of a layer's FFN, transposed in memory; the pages it came from are let go."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pinfer.config import Method, ModelConfig
-from pinfer.formats.gguf import GGUFFile
+from pinfer.formats import ModelFile
 from pinfer.kernels.transpose import transposed_type
 from pinfer.placement import LayerShape, ModelShape
 from pinfer.placement.shape import FLOAT_BYTES, row_bytes
@@ -28,7 +28,7 @@ class PredictorBytes(NamedTuple):
 
 
 def model_shape(
-    gguf: GGUFFile,
+    file: ModelFile,
     config: ModelConfig,
     method: Method,
     predictors: Sequence[Predictor] | None = None,
@@ -47,36 +47,36 @@ def model_shape(
 
     def layer(number: int, layout: Layout) -> LayerShape:
         predictor = _unfitted(method, config, layout) if predictors is None else _measured(predictors[number], layout)
-        return _layer(gguf, config, method, number, predictor, layout)
+        return _layer(file, config, method, number, predictor, layout)
 
     layers = []
     for number in range(config.n_layers):
         on_gpu = layer(number, "planes") if rearranged else None
         layers.append(dataclasses.replace(layer(number, "blocks"), on_gpu=on_gpu))
-    output = "output.weight" if gguf.has("output.weight") else "token_embd.weight"
+    output = "output.weight" if file.has("output.weight") else "token_embd.weight"
     norm = FLOAT_BYTES * config.d_model
     return ModelShape(
         name=config.name,
         layers=tuple(layers),
-        head_bytes=_matrix_bytes(gguf, output, "blocks") + norm,
-        embedding_bytes=_matrix_bytes(gguf, "token_embd.weight", "blocks") if gguf.has("output.weight") else 0,
+        head_bytes=_matrix_bytes(file, output, "blocks") + norm,
+        embedding_bytes=_matrix_bytes(file, "token_embd.weight", "blocks") if file.has("output.weight") else 0,
         d_model=config.d_model,
         vocab_size=config.vocab_size,
-        gpu_head_bytes=_matrix_bytes(gguf, output, "planes") + norm if rearranged else None,
+        gpu_head_bytes=_matrix_bytes(file, output, "planes") + norm if rearranged else None,
         rope_position_bytes=sum(FLOAT_BYTES * one.dim for one in (config.rope, config.rope_local) if one is not None),
     )
 
 
 def _layer(
-    gguf: GGUFFile, config: ModelConfig, method: Method, number: int, predictor: PredictorBytes, layout: Layout
+    file: ModelFile, config: ModelConfig, method: Method, number: int, predictor: PredictorBytes, layout: Layout
 ) -> LayerShape:
     prefix = f"blk.{number}."
-    others = [name for name in gguf.tensors if name.startswith(prefix) and not _is_ffn(name)]
-    gate, rows, left = _ffn_rows(gguf, config, method, prefix, layout)
+    others = [name for name in file.tensors if name.startswith(prefix) and not _is_ffn(name)]
+    gate, rows, left = _ffn_rows(file, config, method, prefix, layout)
     neuron = gate + rows + predictor.neuron
     read = gate + rows if method in READS_ALL else gate if method in READS_GATE else 0
     return LayerShape(
-        attention_bytes=sum(_bytes(gguf, name, layout) for name in others) + left,
+        attention_bytes=sum(_bytes(file, name, layout) for name in others) + left,
         kv_position_bytes=2 * config.n_kv_heads * config.head_dim * FLOAT_BYTES,
         kv_positions=None,
         n_neurons=config.d_ffn,
@@ -90,21 +90,23 @@ def _layer(
     )
 
 
-def _ffn_rows(gguf: GGUFFile, config: ModelConfig, method: Method, prefix: str, layout: Layout) -> tuple[int, int, int]:
+def _ffn_rows(
+    file: ModelFile, config: ModelConfig, method: Method, prefix: str, layout: Layout
+) -> tuple[int, int, int]:
     """Bytes of a neuron's gate (or up, where there is none), of its other rows, and what neurons cannot share evenly.
 
     Where no neuron is split off, matrices lie otherwise than a row a neuron: a neuron has its share of them.
     """
     names = [f"{prefix}ffn_{name}.weight" for name in (("gate", "up") if config.gated else ("up",))]
-    down, n, d = gguf.info(f"{prefix}ffn_down.weight").type, config.d_ffn, config.d_model
+    down, n, d = file.info(f"{prefix}ffn_down.weight").type, config.d_ffn, config.d_model
     turned = transposed_type(down, d)
     if method not in READS_ALL:
-        rows = [row_bytes(gguf.info(name).type, d, layout) for name in names]
+        rows = [row_bytes(file.info(name).type, d, layout) for name in names]
         return rows[0], sum(rows[1:]) + row_bytes(turned, d, layout), 0
     if method == "dense":
-        whole = [_matrix_bytes(gguf, name, layout) for name in (*names, f"{prefix}ffn_down.weight")]
+        whole = [_matrix_bytes(file, name, layout) for name in (*names, f"{prefix}ffn_down.weight")]
     else:
-        by_input = [d * row_bytes(transposed_type(gguf.info(name).type, n), n, layout) for name in names]
+        by_input = [d * row_bytes(transposed_type(file.info(name).type, n), n, layout) for name in names]
         whole = [*by_input, n * row_bytes(turned, d, layout)]
     return whole[0] // n, sum(whole) // n - whole[0] // n, sum(whole) % n
 
@@ -141,16 +143,16 @@ def _weight_bytes(weight: QuantTensor, layout: Layout) -> int:
     return weight.rows * row_bytes(weight.type, weight.columns, layout)
 
 
-def _matrix_bytes(gguf: GGUFFile, name: str, layout: Layout) -> int:
-    info = gguf.info(name)
+def _matrix_bytes(file: ModelFile, name: str, layout: Layout) -> int:
+    info = file.info(name)
     rows, columns = info.shape
     return rows * row_bytes(info.type, columns, layout)
 
 
-def _bytes(gguf: GGUFFile, name: str, layout: Layout) -> int:
+def _bytes(file: ModelFile, name: str, layout: Layout) -> int:
     """Of a matrix as it is, of a vector as float32."""
-    shape = gguf.info(name).shape
-    return _matrix_bytes(gguf, name, layout) if len(shape) == 2 else FLOAT_BYTES * shape[0]
+    shape = file.info(name).shape
+    return _matrix_bytes(file, name, layout) if len(shape) == 2 else FLOAT_BYTES * shape[0]
 
 
 def _is_ffn(name: str) -> bool:

@@ -1,1 +1,14 @@
-"""Files in and out: GGUF, its model configuration, tokenizers and templates."""
+"""What models are stored in: GGUF and its tokenizers, read through one interface (`ModelFile`)."""
+
+from pathlib import Path
+
+from pinfer.formats.gguf import GGUFFile
+from pinfer.formats.model_file import ModelFile, TensorInfo
+
+
+def open_model(path: str | Path) -> ModelFile:
+    """The model at `path`, by what lies there. Raises FileNotFoundError, and FormatError for what is no sound model."""
+    return GGUFFile.open(path)
+
+
+__all__ = ["ModelFile", "TensorInfo", "open_model"]

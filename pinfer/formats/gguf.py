@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import mmap
-import stat
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, TypeVar, overload
-
-import torch
+from typing import Any
 
 from pinfer.formats.errors import FormatError, shown
 from pinfer.formats.gguf_header import Header, TensorEntry, read_header
-from pinfer.quant import BF16, BY_ID, F16, F32, QUANT_TYPES, QuantTensor, QuantType
+from pinfer.formats.model_file import ModelFile, Part, TensorInfo, map_file
+from pinfer.quant import BY_ID, QUANT_TYPES
 
 MIN_ALIGNMENT = 8
 MAX_ALIGNMENT = 1 << 20
-FLOAT_DTYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 
 # Types of ggml that nothing here computes on, named so that the message can say what a file holds.
 UNSUPPORTED_TYPES = {
@@ -31,39 +24,13 @@ UNSUPPORTED_TYPES = {
     36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 
-T = TypeVar("T")
-D = TypeVar("D")
-_REQUIRED: Any = object()
 
+class GGUFFile(ModelFile):
+    """An open GGUF file (see `ModelFile`)."""
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies: `shape` slowest first (`[rows, columns]`), `offset` from the file's start."""
-
-    name: str
-    shape: tuple[int, ...]
-    type: QuantType
-    offset: int
-    nbytes: int
-
-    @property
-    def columns(self) -> int:
-        return self.shape[-1]
-
-
-class GGUFFile:
-    """An open GGUF file: its metadata, and views of its tensors.
-
-    The file is mapped read-only; a page of weights is read when it is first used, and tensors
-    handed out keep the mapping alive after `close`. They must not be written to.
-    """
-
-    def __init__(self, path: Path, header: Header, tensors: dict[str, TensorInfo], data: torch.Tensor) -> None:
-        self.path = path
+    def __init__(self, path: Path, header: Header, tensors: Mapping[str, TensorInfo], part: Part) -> None:
+        super().__init__(path, header.metadata, tensors, [part])
         self.version = header.version
-        self.metadata: Mapping[str, Any] = MappingProxyType(header.metadata)
-        self.tensors = tensors
-        self._data: torch.Tensor | None = data
 
     @classmethod
     def open(cls, path: str | Path) -> GGUFFile:
@@ -73,124 +40,16 @@ class GGUFFile:
         a tensor type that cannot be computed, or is one part of a split model.
         """
         path = Path(path)
-        file = _map(path)
+        file = map_file(path)
         header = read_header(file, path)
         parts = header.metadata.get("split.count", 0)
         if isinstance(parts, int) and parts > 1:
             raise FormatError(f"{path}: split.count is {parts}; split GGUF is not supported yet, merge the parts first")
-        return cls(path, header, _layout(path, header, len(file)), _as_tensor(file))
-
-    def __enter__(self) -> GGUFFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the file; it stays mapped until the last tensor taken from it is gone."""
-        self._data = None
-
-    def error(self, problem: str) -> FormatError:
-        """The error to raise for a `problem` with this file."""
-        return FormatError(f"{self.path}: {problem}")
+        return cls(path, header, _layout(path, header, len(file)), Part(path, file))
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all weights."""
-        return sum(info.nbytes for info in self.tensors.values())
-
-    @property
-    def architecture(self) -> str:
-        return self.get("general.architecture", str)
-
-    @overload
-    def get(self, key: str, kind: type[T]) -> T: ...
-    @overload
-    def get(self, key: str, kind: type[T], default: D) -> T | D: ...
-    def get(self, key: str, kind: type[Any], default: Any = _REQUIRED) -> Any:
-        """The metadata value of `key`, which must be a `kind`; `default` if the key is missing.
-
-        Integers pass as `float`, booleans do not pass as `int`. Raises FormatError naming the key.
-        """
-        if key not in self.metadata:
-            if default is _REQUIRED:
-                raise self.error(f"metadata key {shown(key)} is missing")
-            return default
-        value = self.metadata[key]
-        if kind is float and type(value) is int:
-            return float(value)
-        if type(value) is not kind:
-            raise self.error(f"metadata key {shown(key)} must be {kind.__name__}, not {type(value).__name__}")
-        return value
-
-    @overload
-    def get_list(self, key: str, kind: type[T]) -> list[T]: ...
-    @overload
-    def get_list(self, key: str, kind: type[T], default: D) -> list[T] | D: ...
-    def get_list(self, key: str, kind: type[Any], default: Any = _REQUIRED) -> Any:
-        """The list at `key`, all of whose items must be of `kind`; otherwise as `get`."""
-        if key not in self.metadata and default is not _REQUIRED:
-            return default
-        values = self.get(key, list)
-        for value in values:
-            if type(value) is not kind:
-                raise self.error(f"metadata key {shown(key)} must hold {kind.__name__}, not {type(value).__name__}")
-        return values
-
-    def has(self, name: str) -> bool:
-        return name in self.tensors
-
-    def info(self, name: str) -> TensorInfo:
-        """Where tensor `name` lies; FormatError if the file has none."""
-        if name not in self.tensors:
-            raise self.error(f"tensor {shown(name)} is missing")
-        return self.tensors[name]
-
-    def tensor(self, name: str) -> QuantTensor:
-        """The matrix `name` `[rows, columns]` as a view of the file; a vector is a matrix of one row."""
-        info = self.info(name)
-        if len(info.shape) > 2:
-            raise self.error(f"tensor {shown(name)} has shape {list(info.shape)}, which is no matrix")
-        blocks = self._bytes(info).view(-1, info.type.row_bytes(info.columns))
-        return QuantTensor(blocks, info.type, info.columns)
-
-    def vector(self, name: str) -> torch.Tensor:
-        """The vector `name` as a float32 copy `[n]`; FormatError unless it is F32, F16 or BF16 and finite."""
-        info = self.info(name)
-        dtype = FLOAT_DTYPES.get(info.type)
-        if dtype is None or len(info.shape) != 1:
-            raise self.error(f"tensor {shown(name)} is {info.type} {list(info.shape)}, not a vector of floats")
-        values = self._bytes(info).clone().view(dtype).float()
-        if not bool(values.isfinite().all()):
-            raise self.error(f"tensor {shown(name)} holds values that are not finite")
-        return values
-
-    def _bytes(self, info: TensorInfo) -> torch.Tensor:
-        if self._data is None:
-            raise ValueError(f"{self.path} is closed")
-        return self._data[info.offset : info.offset + info.nbytes]
-
-
-def _map(path: Path) -> mmap.mmap:
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "no regular file"
-        raise FormatError(f"{path}: this is {kind}, not a GGUF file")
-    if not status.st_size:
-        raise FormatError(f"{path}: the file is empty")
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def _as_tensor(file: mmap.mmap) -> torch.Tensor:
-    """All bytes of the mapping as a uint8 tensor that owns it.
-
-    A copy-on-write mapping would be writable and spare the filter, but the kernel counts all of it
-    against memory: a 40 GB file could not be opened on a machine with 32 GB.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(file, dtype=torch.uint8)
+    def format(self) -> str:
+        return f"GGUF v{self.version}"
 
 
 def _layout(path: Path, header: Header, file_bytes: int) -> dict[str, TensorInfo]:

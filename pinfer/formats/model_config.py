@@ -12,7 +12,7 @@ from typing import Any, cast, get_args
 
 from pinfer.config import Activation, ModelConfig, RopeConfig, RopeStyle
 from pinfer.formats.errors import FormatError, shown
-from pinfer.formats.gguf import FLOAT_DTYPES, GGUFFile
+from pinfer.formats.model_file import FLOAT_DTYPES, ModelFile
 
 # Some files carry Hugging Face's name of the same function.
 _ACTIVATION_NAMES = {"gelu_pytorch_tanh": "gelu_tanh", "swish": "silu", "relu_squared": "relu2"}
@@ -24,57 +24,57 @@ _LARGEST_COUNT = 2**31 - 1
 class _Keys:
     """The metadata keys of one architecture, checked as they are read."""
 
-    def __init__(self, gguf: GGUFFile) -> None:
-        self.gguf = gguf
-        self.architecture = gguf.architecture
+    def __init__(self, file: ModelFile) -> None:
+        self.file = file
+        self.architecture = file.architecture
 
     def name(self, key: str) -> str:
         return f"{self.architecture}.{key}"
 
     def error(self, key: str, problem: str) -> FormatError:
-        return self.gguf.error(f"metadata key {shown(self.name(key))} {problem}")
+        return self.file.error(f"metadata key {shown(self.name(key))} {problem}")
 
     def count(self, key: str, default: int | None = None, least: int = 1) -> int:
         """An integer of at least `least`; a list with one value for every layer counts as that value."""
         name = self.name(key)
-        if isinstance(self.gguf.metadata.get(name), list):
+        if isinstance(self.file.metadata.get(name), list):
             value = self._uniform(key)
         else:
-            value = self.gguf.get(name, int) if default is None else self.gguf.get(name, int, default)
+            value = self.file.get(name, int) if default is None else self.file.get(name, int, default)
         if not least <= value <= _LARGEST_COUNT:
             raise self.error(key, f"must lie in [{least}, {_LARGEST_COUNT}], not {value}")
         return value
 
     def _uniform(self, key: str) -> int:
-        values = set(self.gguf.get_list(self.name(key), int))
+        values = set(self.file.get_list(self.name(key), int))
         if len(values) != 1:
             raise self.error(key, f"holds {len(values)} different values; layers that differ are not supported yet")
         return values.pop()
 
     def positive(self, key: str, default: float | None = None) -> float:
         name = self.name(key)
-        value = self.gguf.get(name, float) if default is None else self.gguf.get(name, float, default)
+        value = self.file.get(name, float) if default is None else self.file.get(name, float, default)
         if not (math.isfinite(value) and value > 0):
             raise self.error(key, f"must be finite and positive, not {value}")
         return value
 
     def refuse(self, key: str, kind: type[Any], neutral: object, what: str) -> None:
         """Fail if `key` is there with any but its `neutral` value."""
-        value = self.gguf.get(self.name(key), kind, neutral)
+        value = self.file.get(self.name(key), kind, neutral)
         if value != neutral:
             raise self.error(key, f"is {value}: {what} not supported yet")
 
 
-def model_config(gguf: GGUFFile) -> ModelConfig:
+def model_config(file: ModelFile) -> ModelConfig:
     """The model that a file's metadata describes.
 
     Raises FormatError naming the key that is missing, mistyped, out of range, or asks for
     something that is not supported. Says nothing about the tensors: see `check_tensors`.
     """
-    keys = _Keys(gguf)
+    keys = _Keys(file)
     if keys.architecture not in _READERS:
         supported = ", ".join(_READERS)
-        raise gguf.error(f"architecture {shown(keys.architecture)} is not supported yet; supported: {supported}")
+        raise file.error(f"architecture {shown(keys.architecture)} is not supported yet; supported: {supported}")
     keys.refuse("expert_count", int, 0, "mixture of experts is")
     keys.refuse("attention.causal", bool, True, "attention to later tokens is")
     keys.refuse("attn_logit_softcapping", float, 0.0, "capping of attention scores is")
@@ -84,7 +84,7 @@ def model_config(gguf: GGUFFile) -> ModelConfig:
     except FormatError:
         raise
     except ValueError as error:  # what ModelConfig found wrong with the values together
-        raise gguf.error(f"metadata of {keys.architecture}: {error}") from None
+        raise file.error(f"metadata of {keys.architecture}: {error}") from None
 
 
 def _llama(keys: _Keys) -> ModelConfig:
@@ -123,7 +123,7 @@ def _shape(keys: _Keys) -> dict[str, Any]:
         raise keys.error("attention.head_count_kv", f"is {n_kv_heads}, which does not divide the {n_heads} heads")
     return {
         "architecture": keys.architecture,
-        "name": keys.gguf.get("general.name", str, keys.gguf.path.stem),
+        "name": keys.file.get("general.name", str, keys.file.path.stem),
         "n_layers": _layers(keys),
         "d_model": d_model,
         "d_ffn": keys.count("feed_forward_length"),
@@ -137,14 +137,14 @@ def _shape(keys: _Keys) -> dict[str, Any]:
 
 
 def _layers(keys: _Keys) -> int:
-    n_layers, n_tensors = keys.count("block_count"), len(keys.gguf.tensors)
+    n_layers, n_tensors = keys.count("block_count"), len(keys.file.tensors)
     if n_layers > n_tensors:
         raise keys.error("block_count", f"is {n_layers}, but the file has only {n_tensors} tensors")
     return n_layers
 
 
 def _head_dim(keys: _Keys, d_model: int, n_heads: int) -> int:
-    if keys.name("attention.key_length") not in keys.gguf.metadata and d_model % n_heads:
+    if keys.name("attention.key_length") not in keys.file.metadata and d_model % n_heads:
         raise keys.error("attention.head_count", f"is {n_heads}, which does not divide embedding_length {d_model}")
     head_dim = keys.count("attention.key_length", max(1, d_model // n_heads))
     value_dim = keys.count("attention.value_length", head_dim)
@@ -155,10 +155,10 @@ def _head_dim(keys: _Keys, d_model: int, n_heads: int) -> int:
 
 def _vocab_size(keys: _Keys) -> int:
     """As stated, else the tokenizer's, else the embedding's rows."""
-    gguf = keys.gguf
-    tokens = gguf.metadata.get("tokenizer.ggml.tokens")
+    file = keys.file
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
     stated = len(tokens) if isinstance(tokens, list) else 0
-    return keys.count("vocab_size", stated or gguf.info("token_embd.weight").shape[0])
+    return keys.count("vocab_size", stated or file.info("token_embd.weight").shape[0])
 
 
 def _norm_eps(keys: _Keys) -> float:
@@ -171,7 +171,7 @@ def _norm_eps(keys: _Keys) -> float:
 
 def _activation(keys: _Keys, default: str) -> Activation:
     """From our own key `hidden_activation`, which ReLU models need: llama.cpp has none for them."""
-    stated = keys.gguf.get(keys.name("hidden_activation"), str, default)
+    stated = keys.file.get(keys.name("hidden_activation"), str, default)
     value = _ACTIVATION_NAMES.get(stated, stated)
     if value not in get_args(Activation):
         known = ", ".join(get_args(Activation))
@@ -188,7 +188,7 @@ def _rope(keys: _Keys, head_dim: int, style: RopeStyle, base: float) -> RopeConf
 
 def _rope_scale(keys: _Keys) -> float:
     """Linear scaling's factor; a file may state the factor alone, under a new key or an old one."""
-    kind = keys.gguf.get(keys.name("rope.scaling.type"), str, "linear")
+    kind = keys.file.get(keys.name("rope.scaling.type"), str, "linear")
     if kind == "none":
         return 1.0
     if kind != "linear":
@@ -199,8 +199,8 @@ def _rope_scale(keys: _Keys) -> float:
 def _sliding(keys: _Keys, n_layers: int) -> tuple[bool, ...]:
     """Which layers slide: as a list states, or all but the last of every period."""
     key = "attention.sliding_window_pattern"
-    if isinstance(keys.gguf.metadata.get(keys.name(key)), list):
-        listed = keys.gguf.get_list(keys.name(key), bool)
+    if isinstance(keys.file.metadata.get(keys.name(key)), list):
+        listed = keys.file.get_list(keys.name(key), bool)
         if len(listed) != n_layers:
             raise keys.error(key, f"holds {len(listed)} values for {n_layers} layers")
         return tuple(listed)
@@ -232,7 +232,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return expected
 
 
-def check_tensors(gguf: GGUFFile, config: ModelConfig) -> None:
+def check_tensors(file: ModelFile, config: ModelConfig) -> None:
     """Check that a file holds exactly the model's tensors in their shapes; reads no weights.
 
     `output.weight` may be absent: the output matrix is then the embedding. `rope_freqs.weight`
@@ -241,16 +241,16 @@ def check_tensors(gguf: GGUFFile, config: ModelConfig) -> None:
     (an ignored bias would silently change the model).
     """
     expected = expected_tensors(config)
-    if gguf.has("output.weight"):
+    if file.has("output.weight"):
         expected["output.weight"] = (config.vocab_size, config.d_model)
-    if gguf.has("rope_freqs.weight") and config.architecture == "llama":
+    if file.has("rope_freqs.weight") and config.architecture == "llama":
         expected["rope_freqs.weight"] = (config.rope.dim // 2,)
     for name, shape in expected.items():
-        info = gguf.info(name)
+        info = file.info(name)
         if info.shape != shape:
-            raise gguf.error(f"tensor {shown(name)} has shape {list(info.shape)}, not {list(shape)}")
+            raise file.error(f"tensor {shown(name)} has shape {list(info.shape)}, not {list(shape)}")
         if len(shape) == 1 and info.type not in FLOAT_DTYPES:
-            raise gguf.error(f"tensor {shown(name)} is {info.type}; a norm must be F32, F16 or BF16")
-    for name in gguf.tensors:
+            raise file.error(f"tensor {shown(name)} is {info.type}; a norm must be F32, F16 or BF16")
+    for name in file.tensors:
         if name not in expected:
-            raise gguf.error(f"tensor {shown(name)} is not supported yet for {config.architecture}")
+            raise file.error(f"tensor {shown(name)} is not supported yet for {config.architecture}")
