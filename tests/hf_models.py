@@ -255,8 +255,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3-moe": Family(
         "Qwen3Moe",
-        _QWEN3
-        | {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": True},
+        _QWEN3 | {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": True},
         "qwen2",
     ),
 }

@@ -13,9 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 TEXT = (Path(__file__).parents[1] / "pinfer" / "assets" / "calibration.txt").read_text(encoding="utf-8")
 _SPACE = "▁"
 _CLASS = {"spm": "LlamaTokenizerFast", "gemma": "GemmaTokenizerFast", "qwen2": "Qwen2TokenizerFast"}
-_LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LLAMA3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
@@ -150,9 +148,7 @@ def _fallback(kind: Kind) -> Tokenizer:
         strip = [decoders.Strip(" ", 1, 0)]
     else:
         built.normalizer, strip = replace, []
-    built.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    built.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     return built
 
 
