@@ -17,7 +17,7 @@ from pinfer.formats.model_file import TensorInfo
 _QKV = ("attn_q", "attn_k", "attn_v")
 _GATE_UP = ("ffn_gate", "ffn_up")
 # By architecture, what llama.cpp has as one tensor: its name and its parts, in the order of their rows.
-_GROUPS = {
+_GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "falcon": {"attn_qkv": _QKV},
     "phi3": {"attn_qkv": _QKV, "ffn_up": _GATE_UP},
 }
