@@ -15,6 +15,19 @@ from typing import Any
 from pinfer.formats.errors import FormatError, shown
 
 KEY = "tokenizer.ggml."
+PINFER_KEY = "tokenizer.pinfer."  # what GGUF has no key for, see formats/huggingface/tokenizer.py
+# The roles of special tokens, as tokenizer_config.json and as GGUF spell them.
+ROLES = {
+    "bos": "bos",
+    "eos": "eos",
+    "unk": "unknown",
+    "sep": "seperator",  # GGUF's spelling
+    "pad": "padding",
+    "cls": "cls",
+    "mask": "mask",
+    "eot": "eot",
+    "eom": "eom",
+}
 
 
 class TokenType(IntEnum):
