@@ -21,7 +21,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from tests.hf_tokenizers import TOKENIZERS, save_tokenizer
+from tests.tiny_tokenizers import TOKENIZERS, save_tokenizer
 
 WIDTH, NEURONS, LAYERS, HEADS, KV_HEADS, CONTEXT = 64, 96, 3, 4, 2, 128
 FATRELU_CUTOFF = 0.1

@@ -31,6 +31,7 @@ class Detokenizer:
         self._types = vocabulary.types
         self._byte_level = vocabulary.model == "gpt2"
         self.strips_space = space_prefix != "never"
+        self._bos_id = vocabulary.bos_id
         self._strips_inside = space_prefix == "always"
         self._pieces: dict[int, bytes] = {}
         self._byte_values = {
@@ -49,8 +50,10 @@ class Detokenizer:
         return self._types[token_id] in _SPECIAL
 
     def space_follows(self, token_id: int) -> bool:
-        """Whether the encoder puts a space before text that follows this token."""
-        return self._strips_inside and self._types[token_id] in _CUT_OUT
+        """Whether the encoder puts a space before text that follows this token (BOS: the text is the first)."""
+        if self._strips_inside:
+            return self._types[token_id] in _CUT_OUT
+        return self.strips_space and token_id == self._bos_id
 
     def piece(self, token_id: int) -> bytes:
         """The bytes of one token, wherever it stands."""

@@ -9,9 +9,10 @@ exceptions that lie in the models: SentencePiece writes a space as "▁" (U+2581
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, SupportsIndex
+
+from tokenizers import normalizers
 
 from pinfer.formats.detokenizer import Detokenizer, StreamingDetokenizer
 from pinfer.formats.errors import FormatError, shown
@@ -22,6 +23,8 @@ from pinfer.formats.tokenizer_spm import SpmModel
 from pinfer.formats.tokenizer_vocab import KEY, TokenType, Vocabulary, read_strings, read_value, read_vocabulary
 
 __all__ = ["StreamingDetokenizer", "Tokenizer", "load_tokenizer"]
+
+_NFC = normalizers.NFC()  # of the Unicode version that the models' own tokenizers have
 
 
 class _TextModel(Protocol):
@@ -79,16 +82,18 @@ class Tokenizer:
                 raise ValueError("add_bos was asked for, but this model has no BOS token")
             ids.append(self.bos_id)
         splitter = self._split_special if parse_special else self._split_added
-        if self._nfc:
-            text = unicodedata.normalize("NFC", text)
         at_start = True
         for part in splitter.split(text):
             if isinstance(part, int):
                 ids.append(part)
             else:
-                ids.extend(self._model.encode(part, at_start))
+                ids.extend(self._model.encode(self._normalized(part), at_start))
             at_start = isinstance(part, int) and self._prefix_inside
         return ids
+
+    def _normalized(self, text: str) -> str:
+        """Only stretches between special tokens: "<|im_end|>" would else compose with an accent behind it."""
+        return _NFC.normalize_str(text) if self._nfc else text
 
     def decode(self, ids: Iterable[SupportsIndex], *, skip_special: bool = False) -> str:
         """The text of `ids`, with U+FFFD for bytes that are no UTF-8; ValueError for an id outside the vocabulary.

@@ -43,7 +43,7 @@ class TokenType(IntEnum):
 
 
 # Texts that end a turn, whatever type the file gives them: conversions often get that type wrong.
-_END_TEXTS = frozenset(
+END_TEXTS = frozenset(
     [
         "<|eot_id|>",
         "<|im_end|>",
@@ -204,7 +204,7 @@ def _find_ends(
 
     As in llama.cpp, so that user text cannot spell a mark that a conversion mistyped.
     """
-    ends = {ids[text] for text in _END_TEXTS if text in ids}
+    ends = {ids[text] for text in END_TEXTS if text in ids}
     # Gemma and Qwen have "</s>" as an HTML tag; llama.cpp 0.3.36 ends on it there too, against the file's type.
     if "</s>" in ids and types[ids["</s>"]] == TokenType.CONTROL:
         ends.add(ids["</s>"])

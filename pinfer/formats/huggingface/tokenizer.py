@@ -26,7 +26,7 @@ from pinfer.formats.huggingface.tokenizer_json import (
     read_vocab_files,
 )
 from pinfer.formats.huggingface.write_tokenizer import write_tokenizer
-from pinfer.formats.tokenizer_vocab import KEY, PINFER_KEY, ROLES, TokenType
+from pinfer.formats.tokenizer_vocab import END_TEXTS, KEY, PINFER_KEY, ROLES, TokenType
 
 __all__ = ["tokenizer_metadata", "write_tokenizer"]
 
@@ -197,9 +197,8 @@ def _from_json(
         ids = sorted(token.id for token in added if getattr(token, side))
         if ids or (side == "rstrip" and source.pre is None):
             values[f"{PINFER_KEY}{side}_ids"] = ids
-    ids_by_text = {row.text: i for i, row in rows.items()}
     around = source.around
-    values |= _special(config, ids_by_text, around or (None, None))
+    values |= _special(config, rows, around or (None, None))
     if source.pre is None and unknown is not None:
         values.setdefault(f"{KEY}unknown_token_id", unknown)
     values |= _surround(config, values, around, default_bos=source.pre is None)
@@ -219,7 +218,7 @@ def _from_sentencepiece(model: SentencePieceModel, config: _Config) -> tuple[dic
         ids = sorted(token.id for token in added if getattr(token, side))
         if ids or side == "rstrip":
             values[f"{PINFER_KEY}{side}_ids"] = ids
-    values |= _special(config, {row.text: i for i, row in rows.items()}, (None, None))
+    values |= _special(config, rows, (None, None))
     for role, token_id in model.special_ids.items():
         if token_id in rows:
             values.setdefault(f"{KEY}{ROLES[role]}_token_id", token_id)
@@ -270,18 +269,20 @@ def _looks_special(text: str) -> bool:
     )
 
 
-def _special(config: _Config, ids: dict[str, int], around: tuple[str | None, str | None]) -> dict[str, Any]:
-    """The ids of special tokens by role, and of what else ends a text."""
+def _special(config: _Config, rows: dict[int, _Row], around: tuple[str | None, str | None]) -> dict[str, Any]:
+    """The ids of special tokens by role, which become control tokens, and of what else ends a text."""
     values: dict[str, Any] = {}
-    known = set(ids.values())
+    ids = {row.text: i for i, row in rows.items()}
     fallback = {"bos": around[0], "eos": around[1]}
     for role, name in ROLES.items():
         text = config.token(role) or fallback.get(role)
         token_id = ids.get(text) if text is not None else next(iter(config.token_ids(role)), None)
-        if token_id in known:
+        if token_id in rows:
             values[f"{KEY}{name}_token_id"] = token_id
+            if rows[token_id].kind == TokenType.NORMAL:
+                rows[token_id].kind = TokenType.CONTROL
     named = set(values.values())
-    others = [i for i in config.token_ids("eos") if i in known and i not in named]
+    others = [i for i in config.token_ids("eos") if i in rows and i not in named and rows[i].text not in END_TEXTS]
     free = [key for key in (f"{KEY}eot_token_id", f"{KEY}eom_token_id") if key not in values]
     return values | dict(zip(free, others, strict=False))
 

@@ -160,12 +160,11 @@ def _read_around(processor: Node) -> tuple[str | None, str | None] | None:
     for part in parts:
         kind = part.get("type", str)
         if kind == "TemplateProcessing":
-            items = list(part.at("single").items())
-            names = [item.at("SpecialToken").get("id", str) for item in items if item.at("Sequence").value is None]
-            first = names[0] if names and items[0].at("Sequence").value is None else None
-            last = names[-1] if names and items[-1].at("Sequence").value is None else None
-            if len(items) != 1 + (first is not None) + (last is not None):
-                raise part.at("single").fault("is more than one token before and one after the text")
+            names = [item.at("SpecialToken").get("id", str) for item in part.at("single").items()]
+            text = names.index(None) if None in names else -1
+            if text not in (0, 1) or None in names[text + 1 :] or len(names) > text + 2:
+                raise part.at("single").fault("is not one text with at most one token before and one after it")
+            first, last = (names[0] if text else None), (names[-1] if len(names) > text + 1 else None)
             return first, last
         if kind != "ByteLevel":
             raise part.fault(f"is of type {shown(str(kind))}, which is not supported")
