@@ -63,6 +63,38 @@ def appearing(path: Path, n_bytes: int = 0) -> Iterator[IO[bytes]]:
     _sync_folder(path.parent)
 
 
+@contextmanager
+def appearing_folder(path: Path, n_bytes: int = 0, *, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `path` where the block ends without an error, and otherwise goes.
+
+    Another folder there is replaced only where `replace` says so, and is as it was until then. OSError names `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(path) and not replace:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    check_room(path, n_bytes)
+    made = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    old = made.with_name(made.name + ".old")
+    try:
+        yield made
+        for file in made.iterdir():
+            os.chmod(file, 0o666 & ~_umask())
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        os.chmod(made, 0o777 & ~_umask())
+        if os.path.lexists(path):
+            os.rename(path, old)
+        os.rename(made, path)
+    except OSError as problem:
+        raise type(problem)(problem.errno, problem.strerror, str(path)) from problem
+    finally:
+        if os.path.lexists(old) and not os.path.lexists(path):
+            os.rename(old, path)
+        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    _sync_folder(path.parent)
+
+
 def check_room(path: Path, n_bytes: int) -> None:
     """OSError (ENOSPC) where the disk that `path` is to lie on has less than `n_bytes` free."""
     free = shutil.disk_usage(path.parent).free
