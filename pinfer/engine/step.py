@@ -26,7 +26,8 @@ class DecodeStep:
     usual each time; `reason` then says why. Another backend, precision or number of threads records anew.
     What a recorded model reads must be changed in place: tensors and modules that are replaced later are
     not seen by this step, but by the next. Python between its ops is not run again: branches, counters
-    and prints stay as they were while recording. `record` False runs the model as usual throughout.
+    and prints stay as they were while recording. A module whose branches follow from values says `data_dependent = True`:
+    the model is then run as usual. `record` False runs the model as usual throughout.
     """
 
     def __init__(self, model: Transformer, cache: KVCache, *, record: bool = True) -> None:
@@ -81,6 +82,8 @@ class DecodeStep:
                 raise NotRecordable("the model has forward hooks, which a program would not call")
             if any(getattr(module, "crosses", False) for module in self._model.modules()):
                 raise NotRecordable("an FFN computes on another device than its layer's attention")
+            if any(getattr(module, "data_dependent", False) for module in self._model.modules()):
+                raise NotRecordable("a module chooses what it computes by values, such as experts by their router's")
             if not all(lane.recordable for lane in self._lanes()):
                 raise NotRecordable("cold neurons are computed by a lane that is not repeated as a whole")
             if self._device.type == "cuda":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pinfer.formats.errors import FormatError, shown
+from pinfer.formats.fused import split_fused
 from pinfer.formats.gguf_header import Header, TensorEntry, read_header
 from pinfer.formats.model_file import ModelFile, Part, TensorInfo, map_file
 from pinfer.quant import BY_ID, QUANT_TYPES
@@ -45,7 +46,8 @@ class GGUFFile(ModelFile):
         parts = header.metadata.get("split.count", 0)
         if isinstance(parts, int) and parts > 1:
             raise FormatError(f"{path}: split.count is {parts}; split GGUF is not supported yet, merge the parts first")
-        return cls(path, header, _layout(path, header, len(file)), Part(path, file))
+        tensors = split_fused(header.metadata, _layout(path, header, len(file)))
+        return cls(path, header, tensors, Part(path, file))
 
     @property
     def format(self) -> str:

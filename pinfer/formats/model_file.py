@@ -145,9 +145,12 @@ class ModelFile(ABC):
         return self.tensors[name]
 
     def tensor(self, name: str) -> QuantTensor:
-        """The matrix `name` `[rows, columns]` as a view of the file; a vector is a matrix of one row."""
+        """The matrix `name` `[rows, columns]` as a view of the file; a vector is a matrix of one row.
+
+        A stack of matrices `[experts, rows, columns]` is one matrix, the rows of one expert after those of another.
+        """
         info = self.info(name)
-        if len(info.shape) > 2:
+        if len(info.shape) > 3:
             raise self.error(f"tensor {shown(name)} has shape {list(info.shape)}, which is no matrix")
         blocks = self._bytes(info).view(-1, info.type.row_bytes(info.columns))
         return QuantTensor(blocks, info.type, info.columns)

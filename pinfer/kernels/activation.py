@@ -18,6 +18,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
     "relu2": lambda g: F.relu(g).square(),
     "drelu": F.relu,
+    "gelu": F.gelu,
 }
 # Exactly zero for every negative gate: such a neuron can be skipped without loss.
 ZERO_BELOW_ZERO = ("relu", "relu2", "drelu")

@@ -97,7 +97,7 @@ void matmul(Team& team, const pinfer_matmul_arguments& a) {
     const int64_t fair = smaller(PIECE_BYTES / row_bytes, w.rows / (8 * team.size));
     team.share(w.rows, larger<int64_t>(fair / R * R, R), [&](int64_t first, int64_t last) {
         dot_rows(w, in, first, last, [](int64_t k) { return k; },
-                 [&](int64_t k, int64_t t, float dot) { a.y[t * w.rows + k] = dot; });
+                 [&](int64_t k, int64_t t, float dot) { a.y[t * w.rows + k] = a.bias ? dot + a.bias[k] : dot; });
     });
     team.barrier();
 }
@@ -364,6 +364,34 @@ void rms_norm(Team& team, const pinfer_rms_norm_arguments& a) {
     team.barrier();
 }
 
+void layer_norm(Team& team, const pinfer_layer_norm_arguments& a) {
+    team.share(a.rows, 1, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; ++row) {
+            const float* x = a.x + row * a.columns;
+            const float* residual = a.residual ? a.residual + row * a.columns : nullptr;
+            float* y = a.y + row * a.columns;
+            // Σ part(v): the mean, and then the squares about it, which do not cancel.
+            const auto total = [&](auto part) {
+                F32 all = {};
+                float rest = 0;
+                int64_t i = 0;
+                for (; i + LANES <= a.columns; i += LANES) all += part(load<F32>(x + i));
+                for (; i < a.columns; ++i) rest += part(splat(x[i]))[0];
+                return sum(all) + rest;
+            };
+            const float mean = total([](F32 v) { return v; }) / float(a.columns);
+            const float squares = total([mean](F32 v) { return (v - mean) * (v - mean); });
+            const float factor = 1.0f / __builtin_sqrtf(squares / float(a.columns) + a.eps);
+            for (int64_t i = 0; i < a.columns; ++i) y[i] = (x[i] - mean) * factor * a.weight[i];
+            if (a.bias)
+                for (int64_t i = 0; i < a.columns; ++i) y[i] += a.bias[i];
+            if (residual)
+                for (int64_t i = 0; i < a.columns; ++i) y[i] += residual[i];
+        }
+    });
+    team.barrier();
+}
+
 // body(first, last) over elements; a few thousand stay with one thread.
 template <class Body>
 inline void elementwise(Team& team, int64_t count, Body body) {
@@ -374,6 +402,14 @@ inline void elementwise(Team& team, int64_t count, Body body) {
 void add(Team& team, const pinfer_add_arguments& a) {
     elementwise(team, a.count, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) a.y[i] = a.a[i] + a.b[i];
+    });
+}
+
+void softcap(Team& team, const pinfer_softcap_arguments& a) {
+    elementwise(team, a.count, [&](int64_t first, int64_t last) {
+        int64_t i = first;
+        for (; i + LANES <= last; i += LANES) store(a.y + i, a.cap * hyperbolic_tangent(load<F32>(a.x + i) / a.cap));
+        for (; i < last; ++i) a.y[i] = a.cap * hyperbolic_tangent(splat(a.x[i] / a.cap))[0];
     });
 }
 
@@ -460,6 +496,9 @@ void attend(const pinfer_attention_arguments& a, int64_t t, int64_t head, int64_
         dot_float<Float32, R>(rows, rows, d, query, dots);
         for (int r = 0; r < R && j + r < count; ++r) scores[j + r] = dots[r] * a.scale;
     }
+    if (a.softcap > 0)
+        for (int64_t j = 0; j < count; j += LANES)
+            store(scores + j, a.softcap * hyperbolic_tangent(load<F32>(scores + j) / a.softcap));
     softmax(scores, count);
     for (int64_t i = 0; i < d; ++i) y[i] = 0;
     for (int64_t j = 0; j < count; j += R) {
@@ -549,6 +588,8 @@ const Kernels TABLE = {
         erased<pinfer_tally_kept_arguments, tally_kept>,
         erased<pinfer_split_active_arguments, split_active>,
         erased<pinfer_copy_arguments, copy>,
+        erased<pinfer_layer_norm_arguments, layer_norm>,
+        erased<pinfer_softcap_arguments, softcap>,
     },
     knows,
     read_all,

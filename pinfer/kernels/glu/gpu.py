@@ -24,6 +24,15 @@ def activate(g, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu_tanh":
         # g / 2 · (1 + tanh z) = g · sigmoid(2 z), z = sqrt(2 / π) (g + 0.044715 g³)
         h = g / (1.0 + tl.exp(-2 * 0.7978845608028654 * (g + 0.044715 * g * g * g)))
+    elif ACTIVATION == "gelu":
+        # g · Φ(g) by erfc(z), z = |g| / sqrt(2), to 1.2e-7 of it (Press et al., Numerical Recipes, erfcc)
+        z = tl.abs(g) * 0.7071067811865476
+        t = 1.0 / (1.0 + 0.5 * z)
+        p = ((0.17087277 * t - 0.82215223) * t + 1.48851587) * t - 1.13520398
+        p = (((p * t + 0.27886807) * t - 0.18628806) * t + 0.09678418) * t + 0.37409196
+        p = (p * t + 1.00002368) * t - 1.26551223
+        beyond = 0.5 * g * t * tl.exp(p - z * z)
+        h = tl.where(g < 0.0, beyond, g - beyond)
     else:
         known: tl.constexpr = ACTIVATION == "relu" or ACTIVATION == "relu2" or ACTIVATION == "drelu"
         tl.static_assert(known, "unknown activation")
