@@ -73,7 +73,9 @@ def _tell(chosen: Sequence[Target], type_name: str) -> None:
         note(f"{count} tensors of {columns} columns are no whole blocks of {wanted}: they are {instead}")
     again = {one.stored.name for one in chosen if one.stored.block_size > 1 and one.stored is not one.type}
     if again and base_type(type_name).block_size > 1:
-        note(f"the source is quantised already ({', '.join(sorted(again))}): errors are those of the second rounding alone")
+        note(
+            f"the source is quantised already ({', '.join(sorted(again))}): errors are those of the second rounding alone"
+        )
 
 
 def _rows(found: dict[str, Total]) -> list[tuple[str, Total]]:
