@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -91,16 +91,23 @@ def resolve_method(method: Method, config: ModelConfig, sparsity: float | None) 
 
 def exact_predictors(layer: int, ffn: DenseFFN) -> Predictor:
     """ExactPredictor for every layer; ValueError unless the model is ReLU-activated."""
-    return ExactPredictor(ffn.gate, ffn.activation)
+    return ExactPredictor(ffn.gate, ffn.activation, **_of_gate(ffn))
+
+
+def _of_gate(ffn: DenseFFN) -> dict[str, Any]:
+    """What predictors take of the gate beside its matrix and its activation."""
+    return {"gate_bias": ffn.gate_bias, "cutoff": ffn.cutoff}
 
 
 def fit_gate_threshold_predictors(
     model: Transformer, sequences: Sequence[torch.Tensor], progress: Progress = lambda _: None
 ) -> list[GateThreshold]:
     """GateThreshold for every layer of a dense model, from its own inputs on sequences int64 [T], to be set by density."""
-    return _fit_layers(
-        model, sequences, lambda ffn, inputs: fit_gate_threshold(ffn.gate, ffn.activation, _later(inputs)), progress
-    )
+
+    def fit(ffn: DenseFFN, inputs: list[torch.Tensor]) -> GateThreshold:
+        return fit_gate_threshold(ffn.gate, ffn.activation, _later(inputs), **_of_gate(ffn))
+
+    return _fit_layers(model, sequences, fit, progress)
 
 
 def fit_weighted_predictors(
@@ -111,7 +118,7 @@ def fit_weighted_predictors(
     def fit(ffn: DenseFFN, inputs: list[torch.Tensor]) -> WeightedThreshold:
         if ffn.up is None:
             raise ValueError("this model's FFN has no gate to rank neurons by: try exact or low_rank")
-        matrices = FFNMatrices(ffn.gate, ffn.up, ffn.down, ffn.activation)
+        matrices = FFNMatrices(ffn.gate, ffn.up, ffn.down, ffn.activation, **_of_gate(ffn))
         return fit_weighted_threshold(matrices, _later(inputs), shifted=shifted)
 
     return _fit_layers(model, sequences, fit, progress)
@@ -121,12 +128,11 @@ def fit_input_thresholds(
     model: Transformer, sequences: Sequence[torch.Tensor], sparsity: float, progress: Progress = lambda _: None
 ) -> list[InputThreshold]:
     """InputThreshold for every layer, as `fit_gate_threshold_predictors`."""
-    return _fit_layers(
-        model,
-        sequences,
-        lambda ffn, inputs: fit_input_threshold(_later(inputs), ffn.gate, ffn.up, ffn.activation, sparsity),
-        progress,
-    )
+
+    def fit(ffn: DenseFFN, inputs: list[torch.Tensor]) -> InputThreshold:
+        return fit_input_threshold(_later(inputs), ffn.gate, ffn.up, ffn.activation, sparsity, **_of_gate(ffn))
+
+    return _fit_layers(model, sequences, fit, progress)
 
 
 def fit_low_rank_predictors(
@@ -146,7 +152,7 @@ def fit_low_rank_predictors(
             torch.cat([x for i, x in enumerate(inputs) if i % 4 in _FIT]),
             *(_later([x for i, x in enumerate(inputs) if i % 4 in part]) for part in (_THRESHOLD, _REPORT)),
         )
-        return fit_low_rank(ffn.gate, ffn.activation, parts, settings)
+        return fit_low_rank(ffn.gate, ffn.activation, parts, settings, **_of_gate(ffn))
 
     _check_count("low_rank", sequences)
     return _fit_layers(model, sequences, fit, progress)
@@ -165,7 +171,7 @@ def fit_sign_predictors(
         seen, held_out = (
             _later([x for i, x in enumerate(inputs) if (i % 4 in _REPORT) == report]) for report in (False, True)
         )
-        return fit_sign_bits(ffn.gate, ffn.activation, seen, held_out, recall)
+        return fit_sign_bits(ffn.gate, ffn.activation, seen, held_out, recall, **_of_gate(ffn))
 
     _check_count("sign_bits", sequences)
     return _fit_layers(model, sequences, fit, progress)
@@ -255,8 +261,9 @@ def sparsify(
         dense = block.ffn
         if not isinstance(dense, DenseFFN):
             raise ValueError(f"layer {layer} is not dense: it has a {type(dense).__name__}")
-        weights = FFNWeights(dense.gate, dense.up, *downs(layer, dense))
-        sparse = SparseFFN(weights, predictors(layer, dense), dense.activation)
+        down, error = downs(layer, dense)
+        weights = FFNWeights(dense.gate, dense.up, down, error, dense.gate_bias, dense.down_bias)
+        sparse = SparseFFN(weights, predictors(layer, dense), dense.activation, dense.cutoff)
         if plan is None or plan.layers[layer].n_hot in (0, weights.n_neurons):
             block.ffn = sparse
             continue
@@ -271,7 +278,8 @@ def input_major(layer: int, ffn: DenseFFN) -> InputMajorWeights:
     gate, gate_error = transpose_weights(ffn.gate)
     up, up_error = (None, 0.0) if ffn.up is None else transpose_weights(ffn.up)
     down, down_error = transpose_weights(ffn.down)
-    return InputMajorWeights(gate, up, down, max(gate_error, up_error), down_error)
+    errors = (max(gate_error, up_error), down_error)
+    return InputMajorWeights(gate, up, down, *errors, ffn.gate_bias, ffn.down_bias)
 
 
 def sparsify_inputs(
@@ -282,7 +290,7 @@ def sparsify_inputs(
         dense = block.ffn
         if not isinstance(dense, DenseFFN):
             raise ValueError(f"layer {layer} is not dense: it has a {type(dense).__name__}")
-        block.ffn = InputSparseFFN(weights(layer, dense), thresholds[layer], dense.activation)
+        block.ffn = InputSparseFFN(weights(layer, dense), thresholds[layer], dense.activation, dense.cutoff)
     return model
 
 

@@ -102,7 +102,8 @@ def fit_predictors(
 
 def gates_of(model: Transformer) -> list[GateOf]:
     """What predictors read of a dense model, layer by layer."""
-    return [GateOf(ffn.gate, ffn.activation) for ffn in model.ffns() if isinstance(ffn, DenseFFN)]
+    dense = (ffn for ffn in model.ffns() if isinstance(ffn, DenseFFN))
+    return [GateOf(ffn.gate, ffn.activation, ffn.gate_bias, ffn.cutoff) for ffn in dense]
 
 
 def keep_predictors(

@@ -104,9 +104,10 @@ class Prepared:
             down, down_error = downs(layer, dense)
             if not self._config.gated:
                 gate, error = self._transposed(layer, matrix="up")
-                return InputMajorWeights(gate, None, down, error, down_error)
+                return InputMajorWeights(gate, None, down, error, down_error, dense.gate_bias, dense.down_bias)
             (gate, gate_error), (up, up_error) = (self._transposed(layer, matrix=name) for name in ("gate", "up"))
-            return InputMajorWeights(gate, up, down, max(gate_error, up_error), down_error)
+            errors = (max(gate_error, up_error), down_error)
+            return InputMajorWeights(gate, up, down, *errors, dense.gate_bias, dense.down_bias)
 
         return made
 

@@ -144,14 +144,15 @@ class _Layer:
     def _see(self, number: int, x: torch.Tensor, prediction: Prediction) -> None:
         """One token's neurons in one shard."""
         shard = self.shards[number]
-        gate = quant_matmul(x, shard.weights.gate) if prediction.gate_values is None else prediction.gate_values
-        fired = activate(shard.activation, gate) != 0
+        weights, of_gate = shard.weights, prediction.gate_values
+        gate = quant_matmul(x, weights.gate, weights.gate_bias) if of_gate is None else of_gate
+        fired = activate(shard.activation, gate, shard.cutoff) != 0
         weight = torch.zeros_like(gate)
         if self.masses or shard.activation not in ZERO_BELOW_ZERO:
             if number not in self._norms:
                 self._norms[number] = row_norms(shard.weights.down)
             up = None if shard.weights.up is None else quant_matmul(x, shard.weights.up)
-            weight = hidden_of(shard.activation, gate, up, prediction.shift).abs() * self._norms[number]
+            weight = hidden_of(shard.activation, gate, up, prediction.shift, shard.cutoff).abs() * self._norms[number]
         named = prediction.active.indices[: int(prediction.active.count)].long()
         self._now.append((number, named.cpu(), fired[0].cpu(), weight[0].cpu()))
 

@@ -94,6 +94,7 @@ void add_sparse_ffn(Memory& m) {
     a.indices = m.of(listed), a.count = m.of<int32_t>({int32_t(listed.size())});
     a.mask = mask, a.gate_values = one_in(3) ? m.floats(tokens * neurons) : nullptr;
     a.shift = one_in(3) ? m.floats(neurons) : nullptr;
+    a.gate_bias = one_in(3) ? m.floats(neurons) : nullptr, a.cutoff = one_in(3) ? 0.5f : 0.0f;
     a.activation = int32_t(below(6)), a.int8 = int32_t(below(2));
     a.y = m.output(tokens * columns), a.hidden = m.output(neurons * tokens, false);
     a.scratch = a.int8 ? m.scratch(2 * pinfer_scratch_bytes(tokens, columns)) : nullptr;
@@ -123,8 +124,9 @@ void add_elementwise(Memory& m) {
     const float* up = one_in(2) ? m.floats(count) : nullptr;
     const int64_t neurons = count && count % 7 == 0 ? count / 7 : count;
     const float* shift = one_in(2) ? m.floats(neurons) : nullptr;
-    m.step(PINFER_GLU, pinfer_glu_arguments{m.floats(count), up, shift, count, neurons, int32_t(below(6)),
-                                            up ? 0 : int32_t(below(2)), m.output(count)});
+    m.step(PINFER_GLU, pinfer_glu_arguments{m.floats(count), up, shift, one_in(2) ? m.floats(neurons) : nullptr, count,
+                                            neurons, int32_t(below(6)), up ? 0 : int32_t(below(2)),
+                                            one_in(3) ? 0.5f : 0.0f, m.output(count)});
 }
 
 void add_sign_scores(Memory& m) {

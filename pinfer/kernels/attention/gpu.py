@@ -188,7 +188,7 @@ def attention(
     tokens, heads, head_dim = query.shape
     kv_heads, context, _ = keys.shape
     group = heads // kv_heads
-    blocks = _blocks(tokens * group, head_dim)
+    blocks = _blocks(tokens * group, head_dim, softcap is not None)
     tiles = triton.cdiv(tokens * group, blocks["BLOCK_R"])
     splits = _splits(_programs(query.device) // (kv_heads * tiles), triton.cdiv(context, blocks["BLOCK_P"]))
     limits = (tokens, context, NO_WINDOW if window is None else window)
@@ -208,12 +208,15 @@ def attention(
     return out
 
 
-def _blocks(rows: int, head_dim: int) -> dict[str, int]:
+def _blocks(rows: int, head_dim: int, capped: bool = False) -> dict[str, int]:
     """The tile: of `rows` queries that share a KV head up to 8, and as many positions as registers hold.
 
-    4,096 sums are 32 registers a thread of 48 (one row) to 128 (8 rows), so that 4 programs fit an SM.
+    4,096 sums are 32 registers a thread of 48 (one row) to 128 (8 rows), so that 4 programs fit an SM. Beside a
+    tanh, 8 rows of 256 numbers do not fit without spills.
     """
-    block_r, block_d = min(MOST_ROWS, triton.next_power_of_2(rows)), triton.next_power_of_2(head_dim)
+    block_d = triton.next_power_of_2(head_dim)
+    most = MOST_ROWS // 2 if capped and block_d > 128 else MOST_ROWS
+    block_r = min(most, triton.next_power_of_2(rows))
     block_p = max(1, min(16, 2048 // block_d, 4096 // (block_r * block_d)))
     return {"BLOCK_R": block_r, "BLOCK_P": block_p, "BLOCK_D": block_d}
 
@@ -236,7 +239,12 @@ def builds() -> list[Build]:
 
     def build(tokens: int, group: int, head_dim: int, capped: bool = False) -> Build:
         arguments = {**dict.fromkeys(names, FLOATS), **shared, **dict.fromkeys(("scale", "softcap"), "fp32")}
-        constants = {"CAPPED": capped, "GROUP": group, "HEAD_DIM": head_dim, **_blocks(tokens * group, head_dim)}
+        constants = {
+            "CAPPED": capped,
+            "GROUP": group,
+            "HEAD_DIM": head_dim,
+            **_blocks(tokens * group, head_dim, capped),
+        }
         if tokens == 1:  # as the JIT does: an argument of 1 is a constant
             del arguments["tokens"]
             constants["tokens"] = 1

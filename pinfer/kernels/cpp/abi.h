@@ -113,8 +113,10 @@ struct pinfer_sparse_ffn_arguments {
     const int32_t* indices;
     const int32_t* count;
     const uint8_t* mask;       // [tokens, N] or null
-    const float* gate_values;  // [tokens, N] or null: gate_n · x where the predictor has made it
+    const float* gate_values;  // [tokens, N] or null: gate_n · x, bias and all, where the predictor has made it
     const float* shift;        // [N] or null: taken off act(g_n)
+    const float* gate_bias;    // [N] or null: added to gate_n · x where it is computed here
+    float cutoff;              // of RELU: a gate up to it gives 0
     int32_t activation;
     int32_t int8;
     float* y;
@@ -162,12 +164,13 @@ struct pinfer_add_arguments {
     float* y;
 };
 
-// y = (act(gate) - shift) · up (dReLU: of up clamped at 0), without up where it is null; with `magnitude` its size
+// y = (act(gate + gate_bias) - shift) · up (dReLU: of up clamped at 0), without up where it is null; with `magnitude` its size
 struct pinfer_glu_arguments {
     const float *gate, *up;
-    const float* shift;  // [neurons] or null
+    const float *shift, *gate_bias;  // [neurons] or null
     int64_t count, neurons;  // count: tokens · neurons
     int32_t activation, magnitude;
+    float cutoff;  // of RELU
     float* y;
 };
 

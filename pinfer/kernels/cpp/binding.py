@@ -101,6 +101,8 @@ class SparseFFN(Arguments):
         ("mask", c_void_p),
         ("gate_values", c_void_p),
         ("shift", c_void_p),
+        ("gate_bias", c_void_p),
+        ("cutoff", c_float),
         ("activation", c_int32),
         ("int8", c_int32),
         ("y", c_void_p),
@@ -145,10 +147,12 @@ class GLU(Arguments):
         ("gate", c_void_p),
         ("up", c_void_p),
         ("shift", c_void_p),
+        ("gate_bias", c_void_p),
         ("count", c_int64),
         ("neurons", c_int64),
         ("activation", c_int32),
         ("magnitude", c_int32),
+        ("cutoff", c_float),
         ("y", c_void_p),
     )
 

@@ -221,13 +221,15 @@ void hidden_values(const pinfer_sparse_ffn_arguments& a, const Inputs& gate_in, 
     const auto put = [&](int64_t k, int64_t t, float g) {
         const bool wanted = !a.mask || a.mask[t * N + listed(k)];
         const float shift = a.shift ? a.shift[listed(k)] : 0.0f;
-        a.hidden[k * T + t] = wanted ? activate(a.activation, g) - shift : 0.0f;
+        a.hidden[k * T + t] = wanted ? activate(a.activation, g, a.cutoff) - shift : 0.0f;
     };
     if (a.gate_values) {
         for (int64_t k = first; k < last; ++k)
             for (int64_t t = 0; t < T; ++t) put(k, t, a.gate_values[t * N + listed(k)]);
     } else {
-        dot_rows(a.gate, gate_in, first, last, listed, put);
+        dot_rows(a.gate, gate_in, first, last, listed, [&](int64_t k, int64_t t, float g) {
+            put(k, t, a.gate_bias ? g + a.gate_bias[listed(k)] : g);
+        });
     }
     if (!a.up.blocks) return;
     int32_t alive[NEURON_PIECE];
@@ -414,27 +416,30 @@ void softcap(Team& team, const pinfer_softcap_arguments& a) {
 }
 
 void glu(Team& team, const pinfer_glu_arguments& a) {
-    const auto some = [&](int64_t first, int64_t last, const float* shift) {  // shift: of `first`, or null
+    // shift, bias: of `first`, or null
+    const auto some = [&](int64_t first, int64_t last, const float* shift, const float* bias) {
         int64_t i = first;
         for (; i + LANES <= last; i += LANES) {
-            F32 v = activate(a.activation, load<F32>(a.gate + i));
+            F32 v = load<F32>(a.gate + i);
+            if (bias) v += load<F32>(bias + (i - first));
+            v = activate(a.activation, v, a.cutoff);
             if (shift) v -= load<F32>(shift + (i - first));
             if (a.magnitude) v = v < 0.0f ? -v : v;
             if (a.up) v *= activate_up(a.activation, load<F32>(a.up + i));
             store(a.y + i, v);
         }
         for (; i < last; ++i) {
-            float v = activate(a.activation, a.gate[i]);
+            float v = activate(a.activation, bias ? a.gate[i] + bias[i - first] : a.gate[i], a.cutoff);
             if (shift) v -= shift[i - first];
             if (a.magnitude) v = __builtin_fabsf(v);
             a.y[i] = a.up ? v * activate_up(a.activation, a.up[i]) : v;
         }
     };
     elementwise(team, a.count, [&](int64_t first, int64_t last) {
-        if (!a.shift) return some(first, last, nullptr);
-        while (first < last) {  // row by row, as each begins with the first neuron's shift
+        if (!a.shift && !a.gate_bias) return some(first, last, nullptr, nullptr);
+        while (first < last) {  // row by row, as each begins with the first neuron's shift and bias
             const int64_t n = first % a.neurons, end = smaller(last, first + a.neurons - n);
-            some(first, end, a.shift + n);
+            some(first, end, a.shift ? a.shift + n : nullptr, a.gate_bias ? a.gate_bias + n : nullptr);
             first = end;
         }
     });

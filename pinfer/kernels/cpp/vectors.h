@@ -319,7 +319,8 @@ inline F32 gelu(F32 g) {
 
 enum Activation { SILU = 0, GELU_TANH = 1, RELU = 2, RELU2 = 3, DRELU = 4, GELU = 5 };
 
-inline F32 activate(int kind, F32 g) {
+// `cutoff` is RELU's alone: up to it the activation is 0.
+inline F32 activate(int kind, F32 g, float cutoff) {
     const F32 zero = {};
     switch (kind) {
         case SILU: return g / (1.0f + exponential(-g));
@@ -327,12 +328,12 @@ inline F32 activate(int kind, F32 g) {
         case GELU_TANH: return g / (1.0f + exponential(g * -1.5957691216057308f * (1.0f + 0.044715f * g * g)));
         case GELU: return gelu(g);
         // NaN passes through: it must not look like an inactive neuron.
-        case RELU:
+        case RELU: return g <= cutoff ? zero : g;
         case DRELU: return g < zero ? zero : g;
         default: return g < zero ? zero : g * g;
     }
 }
-inline float activate(int kind, float g) { return activate(kind, splat(g))[0]; }
+inline float activate(int kind, float g, float cutoff) { return activate(kind, splat(g), cutoff)[0]; }
 
 // What the up product contributes: dReLU clamps it, others take it as it is. NaN passes through.
 inline F32 activate_up(int kind, F32 u) {
