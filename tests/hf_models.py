@@ -21,7 +21,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from tests.hf_tokenizers import TOKENIZERS, save_tokenizer
+from tests.tiny_tokenizers import TOKENIZERS, save_tokenizer
 
 WIDTH, NEURONS, LAYERS, HEADS, KV_HEADS, CONTEXT = 64, 96, 3, 4, 2, 128
 FATRELU_CUTOFF = 0.1
@@ -60,12 +60,8 @@ _LONGROPE = {
     "short_factor": [1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.35],
     "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0, 16.0],
 }
+# TurboSparse-Mistral is published under the same code and fields as Bamboo.
 _BAMBOO_FIELDS = {"model_type": "bamboo", "architectures": ["BambooForCausalLM"], "hidden_act": "relu"}
-_TURBO_FIELDS = {
-    "model_type": "turbosparsemistral",
-    "architectures": ["TurboSparseMistralForCausalLM"],
-    "hidden_act": "relu",
-}
 _PROSPARSE_FIELDS = {
     "model_type": "sparsellama",
     "architectures": ["SparseLlamaForCausalLM"],
@@ -181,7 +177,13 @@ FAMILIES: dict[str, Family] = {
         "Mistral", _GQA | {"sliding_window": None}, "spm", patch=_d_relu, published=_BAMBOO_FIELDS, old_rope=True
     ),
     "turbosparse": Family(
-        "Mistral", _GQA | {"sliding_window": None}, "spm", patch=_d_relu, published=_TURBO_FIELDS, old_rope=True
+        "Mistral",
+        _GQA | {"sliding_window": 8},
+        "spm",
+        patch=_d_relu,
+        published=_BAMBOO_FIELDS,
+        old_rope=True,
+        padding=32,
     ),
     "qwen2": Family("Qwen2", _GQA | {"rms_norm_eps": 1e-6}, "qwen2", padding=32, old_rope=True),
     "qwen2-yarn": Family(

@@ -20,8 +20,9 @@ import torch
 
 from pinfer.config import RunConfig
 from pinfer.engine import Engine, fitting, load_engine, prepared
-from pinfer.engine.mapped import fingerprint, release_pages
+from pinfer.engine.mapped import fingerprint
 from pinfer.formats.gguf import GGUFFile
+from pinfer.formats.pages import release_pages
 from pinfer.kernels.transpose import transpose_weights
 from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
 

@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import typer
 
 import pinfer
-from pinfer.cli import bench, doctor, evaluate, generate, inspect, plan, profile, solve, tokenize, train
+from pinfer.cli import bench, doctor, evaluate, generate, inspect, plan, profile, quantize, solve, tokenize, train
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -40,6 +40,7 @@ app.command("eval")(evaluate.evaluate_command)
 app.command("inspect")(inspect.inspect)
 app.command("plan")(plan.plan_command)
 app.command("profile")(profile.profile_command)
+app.command("quantize")(quantize.quantize_command)
 app.command("solve")(solve.solve_command)
 app.command("tokenize")(tokenize.tokenize)
 app.command("train")(train.train_command)

@@ -1,20 +1,15 @@
-"""The mapped pages of a model's file: what tells it from other files, and letting go of what is no longer read."""
+"""What tells a model from others without reading it whole."""
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import mmap
-import sys
 from collections.abc import Iterator
 
 import torch
 
 from pinfer.formats import ModelFile, TensorInfo
-from pinfer.quant import QuantTensor
 
 SAMPLE_BYTES, SAMPLES = 4096, 64
-MADV_DONTNEED = 4  # of Linux
 
 
 def fingerprint(file: ModelFile, *, timed: bool = True) -> str:
@@ -46,14 +41,3 @@ def _pieces(data: torch.Tensor, tensors: list[TensorInfo]) -> Iterator[torch.Ten
     for i in range(SAMPLES):
         start = i * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1)
         yield data[start : start + SAMPLE_BYTES]
-
-
-def release_pages(weight: QuantTensor) -> None:
-    """Let go of the memory behind a tensor of a ModelFile: a clean mapping, read again from the file where it is used."""
-    if sys.platform != "linux":
-        return
-    address, page = weight.blocks.data_ptr(), mmap.PAGESIZE
-    start = -(-address // page) * page
-    length = (address + weight.nbytes - start) // page * page
-    if length > 0:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(MADV_DONTNEED))

@@ -16,8 +16,8 @@ from torch import nn
 
 from pinfer.engine.generate import peak_rss_bytes
 from pinfer.engine.load import Engine
-from pinfer.engine.mapped import release_pages
 from pinfer.ffn import DenseFFN
+from pinfer.formats.pages import release_pages
 from pinfer.kernels.norms import column_norms
 from pinfer.kernels.ops import quant_matmul
 from pinfer.models import LayerWalk

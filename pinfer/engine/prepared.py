@@ -34,11 +34,12 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from pinfer.config import ModelConfig
-from pinfer.engine.mapped import fingerprint, release_pages
+from pinfer.engine.mapped import fingerprint
 from pinfer.ffn import DenseFFN
 from pinfer.files import temporary
 from pinfer.formats import ModelFile
 from pinfer.formats.gguf import GGUFFile
+from pinfer.formats.pages import release_pages
 from pinfer.input_sparse_ffn import InputMajorWeights
 from pinfer.kernels.cpp.build import cache_folder
 from pinfer.kernels.transpose import transpose_weights

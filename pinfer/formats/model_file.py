@@ -166,6 +166,10 @@ class ModelFile(ABC):
             raise self.error(f"tensor {shown(name)} holds values that are not finite")
         return values
 
+    def raw(self, name: str) -> torch.Tensor:
+        """All bytes of a tensor of any shape, uint8 [n], as they are to be written into a GGUF file."""
+        return self._bytes(self.info(name))
+
     def _bytes(self, info: TensorInfo) -> torch.Tensor:
         return self.parts[info.part].data[info.offset : info.offset + info.nbytes]
 
