@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -70,17 +70,10 @@ def _dense(weights: WeightSource, config: ModelConfig, prefix: str) -> DenseFFN:
         weights.tensor(f"{prefix}ffn_up.weight") if config.gated else None,
         weights.tensor(f"{prefix}ffn_down.weight"),
         config.activation,
-        **_extras(
-            gate_bias=optional_vector(weights, f"{prefix}{gate}.bias"),
-            down_bias=optional_vector(weights, f"{prefix}ffn_down.bias"),
-            cutoff=config.cutoff,
-        ),
+        optional_vector(weights, f"{prefix}{gate}.bias"),
+        optional_vector(weights, f"{prefix}ffn_down.bias"),
+        config.cutoff,
     )
-
-
-def _extras(**values: Any) -> dict[str, Any]:
-    """Those that are there."""
-    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor) or value}
 
 
 def _experts(weights: WeightSource, config: ModelConfig, prefix: str) -> Iterator[DenseFFN]:
@@ -94,4 +87,4 @@ def _experts(weights: WeightSource, config: ModelConfig, prefix: str) -> Iterato
 
     for expert in range(experts.count):
         parts = rows(gate, expert), rows(up, expert), rows(down, expert)
-        yield DenseFFN(*parts, config.activation, **_extras(cutoff=config.cutoff))
+        yield DenseFFN(*parts, config.activation, cutoff=config.cutoff)
