@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import namedtuple
 from functools import cache, partial
 from pathlib import Path
 from tempfile import mkdtemp
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pinfer.cli.main import run
@@ -170,8 +171,6 @@ def test_a_failure_leaves_nothing(to: str, tmp_path: Path, capsys: pytest.Captur
     folder = make_folder("qwen2", tmp_path / "big")
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.2.mlp.down_proj.weight"][3, 4] = 1e6
-    from safetensors.torch import save_file
-
     save_file(weights, folder / "model.safetensors")
     out = tmp_path / "out" / "new"
     line = refused(["convert", folder, "-o", out, "--to", to, "--type", "f16"], capsys)
@@ -182,8 +181,6 @@ def test_a_failure_leaves_nothing(to: str, tmp_path: Path, capsys: pytest.Captur
 def test_a_full_disk_is_said_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from collections import namedtuple
-
     usage = namedtuple("usage", "free")
     monkeypatch.setattr("pinfer.files.shutil.disk_usage", lambda _: usage(1000))
     for to in ("gguf", "hf"):
