@@ -63,7 +63,7 @@ def model_shape(
         d_model=config.d_model,
         vocab_size=config.vocab_size,
         gpu_head_bytes=_matrix_bytes(file, output, "planes") + norm if rearranged else None,
-        rope_position_bytes=sum(FLOAT_BYTES * one.dim for one in (config.rope, config.rope_local) if one is not None),
+        rope_position_bytes=sum(FLOAT_BYTES * one.dim for one in config.ropes),
     )
 
 

@@ -17,7 +17,7 @@ from pinfer.formats.model_file import TensorInfo
 _QKV = ("attn_q", "attn_k", "attn_v")
 _GATE_UP = ("ffn_gate", "ffn_up")
 # By architecture, what llama.cpp has as one tensor: its name and its parts, in the order of their rows.
-_GROUPS = {
+_GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "falcon": {"attn_qkv": _QKV},
     "phi3": {"attn_qkv": _QKV, "ffn_up": _GATE_UP},
 }
@@ -69,9 +69,9 @@ def _rows(metadata: Mapping[str, Any], whole: str, has_gate: bool) -> dict[str, 
 
     def number(key: str) -> int:
         value = metadata.get(f"{architecture}.{key}", 0)
-        values = set(value) if isinstance(value, list) else {value}
-        one = values.pop() if len(values) == 1 else 0
-        return one if type(one) is int and one > 0 else 0
+        if isinstance(value, list):  # one for each layer
+            value = value[0] if value and all(one == value[0] for one in value) else 0
+        return value if type(value) is int and value > 0 else 0
 
     if whole == "ffn_up":
         fused = "ffn_up" in _GROUPS.get(str(architecture), {}) and not has_gate

@@ -186,13 +186,18 @@ class AttentionWeights:
     @classmethod
     def load(cls, weights: WeightSource, prefix: str) -> AttentionWeights:
         """The attention of layer `prefix` ("blk.3."), with the biases and QK norms that the file has."""
-        names = [f"{prefix}attn_{part}" for part in ("q", "k", "v", "output")]
-        norms = [f"{prefix}attn_{part}_norm.weight" for part in ("q", "k")]
+
+        def matrix(part: str) -> QuantTensor:
+            return weights.tensor(f"{prefix}attn_{part}.weight")
+
+        def vector(part: str) -> torch.Tensor | None:
+            return optional_vector(weights, f"{prefix}attn_{part}")
+
         return cls(
-            *(weights.tensor(f"{name}.weight") for name in names),
-            *(optional_vector(weights, f"{name}.bias") for name in names),
-            *(optional_vector(weights, name) for name in norms),
-        )
+            matrix("q"), matrix("k"), matrix("v"), matrix("output"),
+            vector("q.bias"), vector("k.bias"), vector("v.bias"), vector("output.bias"),
+            vector("q_norm.weight"), vector("k_norm.weight"),
+        )  # fmt: skip
 
 
 class Attention(nn.Module):
