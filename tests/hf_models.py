@@ -23,6 +23,9 @@ from transformers import PreTrainedModel
 
 from tests.tiny_tokenizers import TOKENIZERS, save_tokenizer
 
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
 WIDTH, NEURONS, LAYERS, HEADS, KV_HEADS, CONTEXT = 64, 96, 3, 4, 2, 128
 FATRELU_CUTOFF = 0.1
 _LLAMA = {
