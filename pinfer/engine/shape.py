@@ -56,19 +56,25 @@ def model_shape(
         layers.append(dataclasses.replace(layer(number, "blocks"), on_gpu=on_gpu))
     output = "output.weight" if file.has("output.weight") else "token_embd.weight"
     norm = sum(_bytes(file, name, "blocks") for name in file.tensors if name.startswith("output_norm."))
-    rows = [name for name in ("token_embd.weight", "position_embd.weight") if file.has(name)]
-    if not file.has("output.weight"):
-        rows.remove("token_embd.weight")
     return ModelShape(
         name=config.name,
         layers=tuple(layers),
         head_bytes=_matrix_bytes(file, output, "blocks") + norm,
-        embedding_bytes=sum(_matrix_bytes(file, name, "blocks") for name in rows),
+        embedding_bytes=_embedding_bytes(file, config),
         d_model=config.d_model,
         vocab_size=config.vocab_size,
         gpu_head_bytes=_matrix_bytes(file, output, "planes") + norm if rearranged else None,
         rope_position_bytes=sum(FLOAT_BYTES * one.dim for one in config.ropes),
     )
+
+
+def _embedding_bytes(file: ModelFile, config: ModelConfig) -> int:
+    """Of the embedding where it is not the head as well, and of learned positions: what a token reads one row of."""
+    tokens = _matrix_bytes(file, "token_embd.weight", "blocks") if file.has("output.weight") else 0
+    if config.rope is not None:
+        return tokens
+    positions = file.info("position_embd.weight")
+    return tokens + config.context_length * row_bytes(positions.type, positions.columns, "blocks")
 
 
 def _layer(
