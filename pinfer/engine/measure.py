@@ -16,8 +16,8 @@ from torch import nn
 
 from pinfer.engine.generate import peak_rss_bytes
 from pinfer.engine.load import Engine
-from pinfer.engine.mapped import release_pages
 from pinfer.ffn import DenseFFN
+from pinfer.formats.pages import release_pages
 from pinfer.kernels.norms import column_norms
 from pinfer.kernels.ops import quant_matmul
 from pinfer.models import LayerWalk
@@ -70,7 +70,8 @@ def measure_layer(engine: Engine, walk: LayerWalk, passed: Callable[[], None] = 
 
 
 def dense_ffn(engine: Engine, layer: int) -> DenseFFN:
-    """The FFN of a layer; ValueError unless it is dense."""
+    """The FFN of a layer; ValueError unless it is dense, and the layer's only one."""
+    engine.config.without_experts("a profile or training")
     ffn = engine.model.blocks[layer].ffn
     if not isinstance(ffn, DenseFFN):
         raise ValueError(f"layer {layer} is not dense: a profile and training need every neuron computed")
@@ -148,13 +149,13 @@ def estimate_profile(engine: Engine, sequences: Sequence[torch.Tensor]) -> Estim
 
 def release_layer(engine: Engine, layer: int) -> None:
     """Let go of the pages of a layer's matrices."""
-    for name, info in engine.gguf.tensors.items():
+    for name, info in engine.file.tensors.items():
         if name.startswith(f"blk.{layer}.") and len(info.shape) == 2:
-            release_pages(engine.gguf.tensor(name))
+            release_pages(engine.file.tensor(name))
 
 
 def layer_bytes(engine: Engine, layer: int) -> int:
-    return sum(info.nbytes for name, info in engine.gguf.tensors.items() if name.startswith(f"blk.{layer}."))
+    return sum(info.nbytes for name, info in engine.file.tensors.items() if name.startswith(f"blk.{layer}."))
 
 
 def rss_bytes() -> int:

@@ -100,7 +100,7 @@ class DecodeStep:
     def _capture(self) -> torch.Tensor:
         """Run as usual, for Triton to compile what it has not, and capture the same without running it."""
         logits = self._plain()
-        self._embedded = self._model.embedded(self._token).to(self._device)
+        self._embedded = self._model.embedded(self._token, self._cache.position).to(self._device)
         try:
             with captured(self._device) as capture:
                 self._logits = self._model.compute_embedded(self._embedded, self._cache)
@@ -141,7 +141,7 @@ class DecodeStep:
 
     def _repeat(self, program: Program | Capture) -> None:
         if isinstance(program, Capture):
-            self._embedded.copy_(self._model.embedded(self._token))
+            self._embedded.copy_(self._model.embedded(self._token, self._cache.position))
         program.run()
 
     def _step_down(self, problem: str) -> bool:

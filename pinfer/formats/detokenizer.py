@@ -22,14 +22,17 @@ class Detokenizer:
     """The bytes of tokens of one vocabulary.
 
     The encoder of Llama-like models puts a space before text that starts a prompt or follows a
-    special token; `strips_space` takes it away again in the same places.
+    special token (`space_prefix` "always", or "first" for the former alone); it is taken away again
+    in the same places.
     """
 
-    def __init__(self, vocabulary: Vocabulary, strips_space: bool) -> None:
+    def __init__(self, vocabulary: Vocabulary, space_prefix: str) -> None:
         self._tokens = vocabulary.tokens
         self._types = vocabulary.types
         self._byte_level = vocabulary.model == "gpt2"
-        self.strips_space = strips_space
+        self.strips_space = space_prefix != "never"
+        self._bos_id = vocabulary.bos_id
+        self._strips_inside = space_prefix == "always"
         self._pieces: dict[int, bytes] = {}
         self._byte_values = {
             token_id: self._byte_value(token_id) for token_id in vocabulary.ids_of_type(TokenType.BYTE)
@@ -47,8 +50,10 @@ class Detokenizer:
         return self._types[token_id] in _SPECIAL
 
     def space_follows(self, token_id: int) -> bool:
-        """Whether the encoder puts a space before text that follows this token."""
-        return self.strips_space and self._types[token_id] in _CUT_OUT
+        """Whether the encoder puts a space before text that follows this token (BOS: the text is the first)."""
+        if self._strips_inside:
+            return self._types[token_id] in _CUT_OUT
+        return self.strips_space and token_id == self._bos_id
 
     def piece(self, token_id: int) -> bytes:
         """The bytes of one token, wherever it stands."""

@@ -1,8 +1,10 @@
 """Text to token ids and back, built from the metadata of a GGUF file.
 
-Token ids are those of llama.cpp. Decoding is the exact inverse of encoding, byte for byte, with
-one exception that lies in the format: SentencePiece writes a space as "▁" (U+2581), so for
-models "llama" a literal "▁" in a text comes back as a space.
+Token ids are those of llama.cpp, and of the model's own tokenizer where the metadata says what
+llama.cpp has no key for. Decoding is the exact inverse of encoding, byte for byte, with two
+exceptions that lie in the models: SentencePiece writes a space as "▁" (U+2581), so for models
+"llama" a literal "▁" in a text comes back as a space; and where `tokenizer.pinfer.normalizer` is
+"NFC" the composed text comes back, as the model was trained on that.
 """
 
 from __future__ import annotations
@@ -10,14 +12,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, SupportsIndex
 
+from tokenizers import normalizers
+
 from pinfer.formats.detokenizer import Detokenizer, StreamingDetokenizer
 from pinfer.formats.errors import FormatError, shown
 from pinfer.formats.tokenizer_bpe import BpeModel, find_pre_tokenizer
+from pinfer.formats.tokenizer_settings import TokenizerSettings, read_settings
 from pinfer.formats.tokenizer_special import SpecialSplitter
 from pinfer.formats.tokenizer_spm import SpmModel
 from pinfer.formats.tokenizer_vocab import KEY, TokenType, Vocabulary, read_strings, read_value, read_vocabulary
 
 __all__ = ["StreamingDetokenizer", "Tokenizer", "load_tokenizer"]
+
+_NFC = normalizers.NFC()  # of the Unicode version that the models' own tokenizers have
 
 
 class _TextModel(Protocol):
@@ -36,18 +43,16 @@ class Tokenizer:
         vocabulary: Vocabulary,
         model: _TextModel,
         detokenizer: Detokenizer,
-        *,
-        add_bos: bool,
-        add_eos: bool,
-        chat_template: str | None,
-        strip_after: Iterable[int] = (),
+        settings: TokenizerSettings,
     ) -> None:
         self.bos_id = vocabulary.bos_id
         self.eos_id = vocabulary.eos_id
         self.eog_ids = vocabulary.eog_ids
-        self.add_bos = add_bos
-        self.add_eos = add_eos
-        self.chat_template = chat_template
+        self.add_bos = settings.add_bos
+        self.add_eos = settings.add_eos
+        self.chat_template = settings.chat_template
+        self._nfc = settings.nfc
+        self._prefix_inside = settings.space_prefix != "first"
         self._tokens = vocabulary.tokens
         self._model = model
         self._detokenizer = detokenizer
@@ -55,7 +60,9 @@ class Tokenizer:
         special = vocabulary.ids_of_type(TokenType.USER_DEFINED, TokenType.CONTROL, TokenType.UNKNOWN)
         # Plain text keeps every byte, so only parsed special tokens may swallow what is behind them.
         self._split_added = SpecialSplitter({self._tokens[i]: i for i in user_defined})
-        self._split_special = SpecialSplitter({self._tokens[i]: i for i in special}, strip_after)
+        self._split_special = SpecialSplitter(
+            {self._tokens[i]: i for i in special}, settings.lstrip_ids, settings.rstrip_ids
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -80,9 +87,13 @@ class Tokenizer:
             if isinstance(part, int):
                 ids.append(part)
             else:
-                ids.extend(self._model.encode(part, at_start))
-            at_start = isinstance(part, int)
+                ids.extend(self._model.encode(self._normalized(part), at_start))
+            at_start = isinstance(part, int) and self._prefix_inside
         return ids
+
+    def _normalized(self, text: str) -> str:
+        """Only stretches between special tokens: "<|im_end|>" would else compose with an accent behind it."""
+        return _NFC.normalize_str(text) if self._nfc else text
 
     def decode(self, ids: Iterable[SupportsIndex], *, skip_special: bool = False) -> str:
         """The text of `ids`, with U+FFFD for bytes that are no UTF-8; ValueError for an id outside the vocabulary.
@@ -114,24 +125,13 @@ def load_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     if kind not in (None, "llama", "gpt2"):
         raise FormatError(f"{KEY}model {shown(kind)} is not supported; 'llama' and 'gpt2' are")
     vocabulary = read_vocabulary(metadata)
+    settings = read_settings(metadata, vocabulary)
     if vocabulary.model == "llama":
-        space_prefix = _read_flag(metadata, "add_space_prefix", True)
-        model: _TextModel = SpmModel(vocabulary, space_prefix)
-        default_bos = True
+        model: _TextModel = SpmModel(vocabulary, settings.space_prefix != "never")
     else:
-        space_prefix = False
         pre = find_pre_tokenizer(read_value(metadata, "pre", str))
         model = BpeModel(vocabulary, read_strings(metadata, "merges"), pre)
-        default_bos = pre.add_bos
-    return Tokenizer(
-        vocabulary,
-        model,
-        Detokenizer(vocabulary, strips_space=space_prefix),
-        add_bos=_read_add_bos(metadata, vocabulary, default_bos),
-        add_eos=_read_flag(metadata, "add_eos_token", False),
-        chat_template=_read_chat_template(metadata),
-        strip_after=_strip_after(metadata, vocabulary),
-    )
+    return Tokenizer(vocabulary, model, Detokenizer(vocabulary, settings.space_prefix), settings)
 
 
 def _check_unicode(text: str) -> None:
@@ -142,32 +142,3 @@ def _check_unicode(text: str) -> None:
         raise ValueError(
             f"text holds the lone surrogate U+{code:04X} at index {error.start}; it is not Unicode"
         ) from None
-
-
-def _read_flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
-    value = read_value(metadata, name, bool)
-    return default if value is None else value
-
-
-def _read_add_bos(metadata: Mapping[str, Any], vocabulary: Vocabulary, default: bool) -> bool:
-    """Whether prompts start with BOS; FormatError if the file asks for one that it does not name."""
-    asked = _read_flag(metadata, "add_bos_token", False)
-    if asked and vocabulary.bos_id is None:
-        raise FormatError(f"{KEY}add_bos_token is true, but there is no {KEY}bos_token_id")
-    return _read_flag(metadata, "add_bos_token", default) and vocabulary.bos_id is not None
-
-
-def _read_chat_template(metadata: Mapping[str, Any]) -> str | None:
-    template = metadata.get("tokenizer.chat_template")
-    if template is None or isinstance(template, str):
-        return template
-    raise FormatError(f"tokenizer.chat_template is {shown(str(template))}, not a string")
-
-
-def _strip_after(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> list[int]:
-    """Phi-3's special tokens swallow the whitespace behind them; GGUF has no key for that, so its name tells."""
-    name = str(metadata.get("general.name", "")).lower()
-    if "phi-3" not in name and "phi3" not in name:
-        return []
-    special = vocabulary.ids_of_type(TokenType.USER_DEFINED, TokenType.CONTROL, TokenType.UNKNOWN)
-    return [i for i in special if vocabulary.tokens[i] not in ("<unk>", "<s>", "<|endoftext|>")]

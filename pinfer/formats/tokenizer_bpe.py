@@ -34,7 +34,7 @@ class BpeModel:
     """
 
     def __init__(self, vocabulary: Vocabulary, merges: list[str], pre: PreTokenizer) -> None:
-        pairs = _split_merges(merges)
+        pairs = split_merges(merges)
         ids = _mergeable(vocabulary)
         extra = _texts_without_token(ids, pairs)
         size = len(vocabulary.tokens)
@@ -86,7 +86,7 @@ def _mergeable(vocabulary: Vocabulary) -> dict[str, int]:
     }
 
 
-def _split_merges(merges: Iterable[str]) -> list[tuple[str, str]]:
+def split_merges(merges: Iterable[str]) -> list[tuple[str, str]]:
     """Each "left right" as a pair, the first of equals kept; FormatError naming a malformed one."""
     pairs: dict[tuple[str, str], None] = {}
     for index, merge in enumerate(merges):

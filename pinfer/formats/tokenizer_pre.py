@@ -11,16 +11,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_CONTRACTION = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+CONTRACTION = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _SYMBOLS = r" ?[^\s\p{L}\p{N}]+"
 _SPACES = r"\s+(?!\S)|\s+"
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+|" + _SYMBOLS + "|" + _SPACES
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+|" + _SYMBOLS + "|" + _SPACES
 _DIGITS_3 = "[0-9][0-9][0-9]"
 
 
-def _modern(numbers: str, contraction: str = _CONTRACTION + "|", spaces: str = _SPACES) -> str:
+def _modern(numbers: str, contraction: str = CONTRACTION + "|", spaces: str = _SPACES) -> str:
     """The pattern of Llama 3 and its many variants, which differ in how many digits make a word."""
     return rf"{contraction}{_WORD}|{numbers}|{_SYMBOLS}[\r\n]*|\s*[\r\n]+|{spaces}"
 
@@ -28,16 +28,16 @@ def _modern(numbers: str, contraction: str = _CONTRACTION + "|", spaces: str = _
 _LLAMA3 = _modern(r"\p{N}{1,3}")
 _QWEN2 = _modern(r"\p{N}")
 _QWEN35 = (
-    rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*"
+    rf"{CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*"
     rf"|\s*[\r\n]+|{_SPACES}"
 )
-_SEED = rf"{_CONTRACTION}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|{_SPACES}"
+_SEED = rf"{CONTRACTION}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|{_SPACES}"
 _BAILING = (
     r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|"
     rf"{_WORD}|\p{{N}}|{_SYMBOLS}[\r\n]*|\s*[\r\n]|{_SPACES}"
 )
 _EXAONE_MOE = (
-    rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
+    rf"{CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
     rf"|{_SYMBOLS}[\r\n/]?|\s*[\r\n]|{_SPACES}"
 )
 _JAIS2_SPACES = r"\s{512}(?!\S)|\s{256}(?!\S)|\s{128}(?!\S)|\s{64}(?!\S)|\s{32}(?!\S)|\s{16}(?!\S)|\s{8}(?!\S)"
@@ -57,7 +57,7 @@ def _cased(numbers: str, ending: str) -> str:
     return rf"{words}|{numbers}|{_SYMBOLS}[\r\n/]*|\s*[\r\n]+|{_SPACES}"
 
 
-_GPT4O = _cased(r"\p{N}{1,3}", _CONTRACTION + "?")
+_GPT4O = _cased(r"\p{N}{1,3}", CONTRACTION + "?")
 _TEKKEN = _cased(r"\p{N}", "")
 
 _CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
@@ -95,8 +95,8 @@ class PreTokenizer:
 
 
 def _rows() -> dict[str, PreTokenizer]:
-    gpt2 = PreTokenizer((_GPT2,))
-    digitwise = PreTokenizer((r"\p{N}", _GPT2))
+    gpt2 = PreTokenizer((GPT2,))
+    digitwise = PreTokenizer((r"\p{N}", GPT2))
     llama3 = PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True)
     qwen2 = PreTokenizer((_QWEN2,))
     rows = {
@@ -107,8 +107,8 @@ def _rows() -> dict[str, PreTokenizer]:
         PreTokenizer((_LLAMA3,), ignore_merges=True): "glm4 glm5",
         qwen2: "qwen2 deepseek-r1-qwen kormo f2llmv2 stablelm2 hunyuan solar-open megrez grok-2",
         PreTokenizer((_QWEN35,)): "qwen35",
-        PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", _DIGITS_3)): "default",
-        PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, _DIGITS_3)): "falcon",
+        PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", _DIGITS_3)): "default",
+        PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", GPT2, _DIGITS_3)): "falcon",
         PreTokenizer(_DEEPSEEK_LLM): "deepseek-llm",
         PreTokenizer(_DEEPSEEK_CODER): "deepseek-coder",
         PreTokenizer(_DEEPSEEK_V3): "deepseek-v3 hunyuan-dense joyai-llm hy_v4",

@@ -15,13 +15,20 @@ _LONG = 64  # characters; no special token of a real vocabulary is longer
 # A cut-out token is marked by two lone surrogates, which no text can hold.
 _MARK = re.compile("([\ud800-\udbff][\udc00-\udfff])")
 
+_WHITE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+
 
 class SpecialSplitter:
-    """Cuts texts at the tokens of `ids` (text to id); those in `strip_after` swallow the whitespace behind them."""
+    """Cuts texts at the tokens of `ids` (text to id).
 
-    def __init__(self, ids: Mapping[str, int], strip_after: Iterable[int] = ()) -> None:
+    Those in `strip_before` and `strip_after` swallow the white space before and behind them.
+    """
+
+    def __init__(
+        self, ids: Mapping[str, int], strip_before: Iterable[int] = (), strip_after: Iterable[int] = ()
+    ) -> None:
         self._ids = dict(ids)
-        self._strip_after = frozenset(strip_after)
+        self._strip_before, self._strip_after = frozenset(strip_before), frozenset(strip_after)
         # Searched for one by one: runs of spaces or newlines, which begin nearly everywhere in code.
         self._alone = [text for text in ids if text == text[0] * len(text) or len(text) > _LONG]
         # By the first two characters: few places in a text are a candidate for anything.
@@ -35,8 +42,10 @@ class SpecialSplitter:
         specials = sorted(self._occurring(text), key=lambda special: (-len(special.encode()), self._ids[special]))
         for index, special in enumerate(specials):
             mark = chr(0xD800 + index // 1024) + chr(0xDC00 + index % 1024)
-            if self._ids[special] in self._strip_after:
-                text = re.sub(re.escape(special) + r"[ \t\n\v\f\r]*", mark, text)
+            before = f"{_WHITE}*" if self._ids[special] in self._strip_before else ""
+            after = f"{_WHITE}*" if self._ids[special] in self._strip_after else ""
+            if before or after:
+                text = re.sub(before + re.escape(special) + after, mark, text)
             else:
                 text = text.replace(special, mark)
         parts: list[str | int] = []

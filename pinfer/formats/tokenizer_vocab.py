@@ -15,6 +15,19 @@ from typing import Any
 from pinfer.formats.errors import FormatError, shown
 
 KEY = "tokenizer.ggml."
+PINFER_KEY = "tokenizer.pinfer."  # what GGUF has no key for, see formats/huggingface/tokenizer.py
+# The roles of special tokens, as tokenizer_config.json and as GGUF spell them.
+ROLES = {
+    "bos": "bos",
+    "eos": "eos",
+    "unk": "unknown",
+    "sep": "seperator",  # GGUF's spelling
+    "pad": "padding",
+    "cls": "cls",
+    "mask": "mask",
+    "eot": "eot",
+    "eom": "eom",
+}
 
 
 class TokenType(IntEnum):
@@ -30,7 +43,7 @@ class TokenType(IntEnum):
 
 
 # Texts that end a turn, whatever type the file gives them: conversions often get that type wrong.
-_END_TEXTS = frozenset(
+END_TEXTS = frozenset(
     [
         "<|eot_id|>",
         "<|im_end|>",
@@ -191,7 +204,7 @@ def _find_ends(
 
     As in llama.cpp, so that user text cannot spell a mark that a conversion mistyped.
     """
-    ends = {ids[text] for text in _END_TEXTS if text in ids}
+    ends = {ids[text] for text in END_TEXTS if text in ids}
     # Gemma and Qwen have "</s>" as an HTML tag; llama.cpp 0.3.36 ends on it there too, against the file's type.
     if "</s>" in ids and types[ids["</s>"]] == TokenType.CONTROL:
         ends.add(ids["</s>"])
