@@ -39,7 +39,7 @@ from pinfer.ffn import DenseFFN
 from pinfer.files import temporary
 from pinfer.formats import ModelFile
 from pinfer.formats.gguf import GGUFFile
-from pinfer.formats.pages import release_pages
+from pinfer.formats.pages import release_pages, release_tensor
 from pinfer.input_sparse_ffn import InputMajorWeights
 from pinfer.kernels.cpp.build import cache_folder
 from pinfer.kernels.transpose import transpose_weights
@@ -88,7 +88,7 @@ class Prepared:
                 self.notes.append(f"the transposed down is not kept and stays in memory: {_said(problem)}")
                 return self._transposed
         for layer in range(self._config.n_layers):  # calibration may have read them
-            release_pages(self._source(layer))
+            release_tensor(self._file, _matrix(layer))
         return found
 
     def release(self, weight: QuantTensor) -> None:
@@ -175,13 +175,13 @@ class Prepared:
         return last, temporary(last)
 
     def _source(self, layer: int, matrix: str = "down") -> QuantTensor:
-        return self._file.tensor(f"blk.{layer}.ffn_{matrix}.weight")
+        return self._file.tensor(_matrix(layer, matrix))
 
     def _transposed(self, layer: int, _: DenseFFN | None = None, *, matrix: str = "down") -> tuple[QuantTensor, float]:
         """A matrix of a layer's FFN, transposed in memory; the pages it came from are let go."""
         self.progress(f"transposing {matrix}, layer {layer + 1} of {self._config.n_layers}")
         turned = transpose_weights(self._source(layer, matrix))
-        release_pages(self._source(layer, matrix))
+        release_tensor(self._file, _matrix(layer, matrix))
         return turned
 
     def _downs_bytes(self) -> int:
@@ -261,6 +261,10 @@ class Prepared:
             raise ValueError(f"its format version is {version}, expected {FORMAT}")
         if of_model != self._fingerprint:
             raise ValueError("it was made from another model than the one it lies beside")
+
+
+def _matrix(layer: int, matrix: str = "down") -> str:
+    return f"blk.{layer}.ffn_{matrix}.weight"
 
 
 def _storage(weight: QuantTensor) -> int:

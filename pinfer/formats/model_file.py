@@ -23,6 +23,8 @@ from pinfer.quant import BF16, F16, F32, QuantTensor, QuantType
 
 FLOAT_DTYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 
+MADE = -1  # the part of a tensor that no part holds, made whenever it is asked for
+
 T = TypeVar("T")
 D = TypeVar("D")
 _REQUIRED: Any = object()
@@ -30,7 +32,10 @@ _REQUIRED: Any = object()
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `shape` slowest first (`[rows, columns]`), `offset` from the start of the part it is in."""
+    """Where one tensor lies: `shape` slowest first (`[rows, columns]`), `offset` from the start of the part it is in.
+
+    One that a folder's tensors are rearranged for lies nowhere: its part is MADE, its offset 0.
+    """
 
     name: str
     shape: tuple[int, ...]
