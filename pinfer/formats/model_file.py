@@ -160,6 +160,13 @@ class ModelFile(ABC):
         blocks = self._bytes(info).view(-1, info.type.row_bytes(info.columns))
         return QuantTensor(blocks, info.type, info.columns)
 
+    def expert(self, name: str, number: int) -> QuantTensor:
+        """One matrix `[rows, columns]` of the stack `name`, as a view of the file."""
+        info, stack = self.info(name), self.tensor(name)
+        if len(info.shape) != 3 or not 0 <= number < info.shape[0]:
+            raise self.error(f"tensor {shown(name)} {list(info.shape)} has no matrix {number}")
+        return stack[number * info.shape[1] : (number + 1) * info.shape[1]]
+
     def vector(self, name: str) -> torch.Tensor:
         """The vector `name` as a float32 copy `[n]`; FormatError unless it is F32, F16 or BF16 and finite."""
         info = self.info(name)

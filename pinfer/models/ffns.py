@@ -32,7 +32,7 @@ class Experts(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor, opens: bool = False) -> torch.Tensor:
         """x, residual: float32 [T, D]; returns float32 [T, D]."""
-        ratings, chosen = self._routed(x)
+        ratings, chosen = self.routed(x)
         y = torch.zeros_like(x)
         for expert in chosen.unique().tolist():
             tokens, place = (chosen == expert).nonzero(as_tuple=True)
@@ -41,7 +41,7 @@ class Experts(nn.Module):
             y.index_add_(0, tokens, out * ratings[tokens, place, None])
         return y
 
-    def _routed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def routed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Per token what its experts weigh, float32 [T, used], and their numbers, int64 [T, used]."""
         ratings, chosen = quant_matmul(x, self.router).softmax(-1).topk(self.config.used)
         if self.config.normalised:
@@ -77,14 +77,8 @@ def _dense(weights: WeightSource, config: ModelConfig, prefix: str) -> DenseFFN:
 
 
 def _experts(weights: WeightSource, config: ModelConfig, prefix: str) -> Iterator[DenseFFN]:
-    """Each expert over its rows of the stacked matrices."""
+    """Each expert over its own of the stacked matrices."""
     experts = cast(ExpertsConfig, config.experts)
-    gate, up, down = (weights.tensor(f"{prefix}ffn_{part}_exps.weight") for part in ("gate", "up", "down"))
-
-    def rows(stack: QuantTensor, expert: int) -> QuantTensor:
-        n = stack.rows // experts.count
-        return stack[expert * n : (expert + 1) * n]
-
     for expert in range(experts.count):
-        parts = rows(gate, expert), rows(up, expert), rows(down, expert)
+        parts = [weights.expert(f"{prefix}ffn_{part}_exps.weight", expert) for part in ("gate", "up", "down")]
         yield DenseFFN(*parts, config.activation, cutoff=config.cutoff)
