@@ -80,5 +80,5 @@ def _experts(weights: WeightSource, config: ModelConfig, prefix: str) -> Iterato
     """Each expert over its own of the stacked matrices."""
     experts = cast(ExpertsConfig, config.experts)
     for expert in range(experts.count):
-        parts = [weights.expert(f"{prefix}ffn_{part}_exps.weight", expert) for part in ("gate", "up", "down")]
-        yield DenseFFN(*parts, config.activation, cutoff=config.cutoff)
+        gate, up, down = (weights.expert(f"{prefix}ffn_{part}_exps.weight", expert) for part in ("gate", "up", "down"))
+        yield DenseFFN(gate, up, down, config.activation, cutoff=config.cutoff)
