@@ -23,13 +23,12 @@ from pinfer.formats.huggingface.names import describe as misshapen
 from pinfer.formats.huggingface.safetensors_file import TYPES, Stored
 from pinfer.formats.huggingface.shards import open_shards
 from pinfer.formats.huggingface.tokenizer import tokenizer_metadata
-from pinfer.formats.model_file import FLOAT_DTYPES, ModelFile, Part, TensorInfo, map_file
-from pinfer.quant import F32, QuantType
+from pinfer.formats.model_file import FLOAT_DTYPES, MADE, ModelFile, Part, TensorInfo, map_file
+from pinfer.quant import F32, QuantTensor, QuantType
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 16 << 20
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-MADE = -1  # the part of tensors that lie in none
 _FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}  # of general.file_type
 _QUANTISED = {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2", "I8", "U8", "I32"}
 
@@ -42,7 +41,7 @@ class HFFolder(ModelFile):
     def __init__(self, path: Path, described: Described, parts: list[Part], build: _Tensors) -> None:
         super().__init__(path, described.metadata, build.tensors, parts)
         self.described = described
-        self._recipes = build.recipes
+        self._recipes, self._stacks = build.recipes, build.stacks
 
     @classmethod
     def open(cls, path: str | Path) -> HFFolder:
@@ -73,6 +72,15 @@ class HFFolder(ModelFile):
         n_shards = len(self.parts) - 1
         return f"Hugging Face folder ({self.described.family.model_type}, {n_shards} shard{'s' * (n_shards > 1)})"
 
+    def expert(self, name: str, number: int) -> QuantTensor:
+        """One matrix of a stack, as a view of the tensor that the folder has for that expert."""
+        info = self.info(name)
+        parts = self._stacks.get(name, ())
+        if not 0 <= number < len(parts):
+            raise self.error(f"tensor {shown(name)} {list(info.shape)} has no matrix {number}")
+        _ = self.parts  # ValueError once the folder is closed
+        return QuantTensor(parts[number]().view(info.shape[1], -1), info.type, info.columns)
+
     def _bytes(self, info: TensorInfo) -> torch.Tensor:
         recipe = self._recipes.get(info.name)
         if recipe is None:
@@ -88,6 +96,7 @@ class _Tensors:
         self._parts, self._stored, self._dims = parts, stored, described.dims
         self.tensors: dict[str, TensorInfo] = {}
         self.recipes: dict[str, Recipe] = {}
+        self.stacks: dict[str, list[Recipe]] = {}  # of the experts' matrices, each alone
         known = self._known(described)
         for name, one in stored.items():
             if name not in known and not is_ignored(name):
@@ -136,6 +145,7 @@ class _Tensors:
             if odd := next((one for one in sources if one.dtype != first.dtype), None):
                 raise self._error(odd, f"is {odd.dtype}, the first expert's is {first.dtype}")
             shape = (len(sources), *first.shape)
+            self.stacks[link.gguf[0]] = [partial(self._aligned, one) for one in sources]
             self._make(link.gguf[0], shape, kind, lambda: torch.cat([self._raw(one) for one in sources]))
         elif link.change is Change.PLUS_ONE:
             self._make(link.gguf[0], first.shape, F32, lambda: _plus_one(self._raw(first), kind))
@@ -160,6 +170,11 @@ class _Tensors:
         nbytes = math.prod(shape) * kind.block_bytes
         self.tensors[name] = TensorInfo(name, shape, kind, 0, nbytes, MADE)
         self.recipes[name] = recipe
+
+    def _aligned(self, one: Stored) -> torch.Tensor:
+        """A view, or a copy where kernels could not read whole numbers from it."""
+        raw = self._raw(one)
+        return raw.clone() if one.offset % TYPES[one.dtype].block_bytes else raw
 
     def _raw(self, one: Stored) -> torch.Tensor:
         return self._parts[one.part].data[one.offset : one.offset + one.nbytes]
