@@ -29,6 +29,7 @@ from pinfer.models import LayerWalk, Transformer, build_model
 from pinfer.models.weights import held_bytes
 from pinfer.placement import Plan
 from pinfer.predictors import Prediction
+from pinfer.quality import NeuronObserver
 from pinfer.sparsify import (
     LEAST_EXPERT_TOKENS,
     density,
@@ -333,6 +334,26 @@ def test_an_expert_without_tokens_is_fitted_on_all_of_its_layers(moe: str) -> No
     assert len(sent) == model.config.n_layers * experts.count
     assert all(one >= LEAST_EXPERT_TOKENS for one in sent)
     assert any(one < 188 for one in sent)
+
+
+@torch.inference_mode()
+def test_what_experts_name_is_held_against_their_own_inputs(moe: str) -> None:
+    """The last tokens alone, each once for every expert that it was sent to."""
+    model, last = sparse(moe, DENSITY), 30
+    experts = model.config.experts
+    assert experts is not None
+    observer = NeuronObserver(model)
+    with observer.watch(LENGTH) as whole:
+        model(tokens_for(model.config), model.new_cache())
+    with observer.watch(last) as found:
+        model(tokens_for(model.config), model.new_cache())
+    for of_all, layer in zip(whole, found, strict=True):
+        assert layer.tokens == last * experts.used
+        assert layer.neurons == layer.tokens * model.config.d_ffn
+        assert 0.2 < layer.computed / layer.neurons < 0.6
+        assert layer.caught < layer.computed < of_all.computed
+    whole_counts = [int(ffn.activity.totals[0]) for ffn in model.ffns() if isinstance(ffn, SparseFFN)]
+    assert sum(one.computed for one in whole) == sum(whole_counts) // 2, "as the counts say, of two runs"
 
 
 def test_what_cannot_work_with_experts_says_what_can(moe: str) -> None:
