@@ -40,6 +40,7 @@ from pinfer.files import temporary
 from pinfer.formats import ModelFile
 from pinfer.formats.gguf import GGUFFile
 from pinfer.formats.pages import release_pages
+from pinfer.formats.powerinfer import down_rows
 from pinfer.input_sparse_ffn import InputMajorWeights
 from pinfer.kernels.cpp.build import cache_folder
 from pinfer.kernels.transpose import transpose_weights
@@ -76,7 +77,10 @@ class Prepared:
         return fingerprint(self._file)
 
     def downs(self) -> DownMaker:
-        """Each layer's transposed `down`: mapped from its file, which is written if need be, or made in memory."""
+        """Each layer's transposed `down`: the model's own, or mapped from its file, which is written if need be, or made
+        in memory."""
+        if self._file.has(down_rows(0)):
+            return lambda layer, _: (self._file.tensor(down_rows(layer)), 0.0)
         if not self._kept:
             return self._transposed
         suffix = ".pinfer-down.gguf"
@@ -221,7 +225,7 @@ class Prepared:
             for layer, (kind, _, _) in enumerate(layers):
                 width, neurons = self._source(layer).shape
                 bytes_shape, raw = (neurons, kind.row_bytes(width)), gguf.GGMLQuantizationType(kind.ggml_id)
-                writer.add_tensor_info(_turned(layer), bytes_shape, np.dtype(np.uint8), math.prod(bytes_shape), raw)
+                writer.add_tensor_info(down_rows(layer), bytes_shape, np.dtype(np.uint8), math.prod(bytes_shape), raw)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -234,7 +238,7 @@ class Prepared:
         file = GGUFFile.open(path)
         self._check_stamp(file.get("pinfer.format", int), file.get("pinfer.fingerprint", str))
         errors, sums = file.get_list("pinfer.down_error", float), file.get_list("pinfer.down_crc32", str)
-        downs = [file.tensor(_turned(layer)) for layer in range(self._config.n_layers)]
+        downs = [file.tensor(down_rows(layer)) for layer in range(self._config.n_layers)]
         expected = [self._source(layer).shape[::-1] for layer in range(self._config.n_layers)]
         if [down.shape for down in downs] != expected or not len(errors) == len(sums) == len(downs):
             raise ValueError("its tensors are not those of this model")
@@ -270,10 +274,6 @@ def _storage(weight: QuantTensor) -> int:
 
 def _crc32(weight: QuantTensor) -> str:
     return f"{zlib.crc32(weight.blocks.reshape(-1).numpy().data):08x}"
-
-
-def _turned(layer: int) -> str:
-    return f"blk.{layer}.ffn_down_t.weight"
 
 
 def _said(problem: Exception, path: Path | None = None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pinfer.formats.errors import FormatError, shown
 from pinfer.formats.fused import split_fused
-from pinfer.formats.gguf_header import Header, TensorEntry, read_header
+from pinfer.formats.gguf_header import MAGIC, POWERINFER_MAGIC, Header, TensorEntry, read_header
 from pinfer.formats.model_file import ModelFile, Part, TensorInfo, map_file
 from pinfer.quant import BY_ID, QUANT_TYPES
 
@@ -42,7 +42,7 @@ class GGUFFile(ModelFile):
         """
         path = Path(path)
         file = map_file(path)
-        header = read_header(file, path)
+        header = read_header(file, path, (MAGIC, POWERINFER_MAGIC))
         parts = header.metadata.get("split.count", 0)
         if isinstance(parts, int) and parts > 1:
             raise FormatError(f"{path}: split.count is {parts}; split GGUF is not supported yet, merge the parts first")
