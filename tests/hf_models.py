@@ -23,6 +23,9 @@ from transformers import PreTrainedModel
 
 from tests.tiny_tokenizers import TOKENIZERS, save_tokenizer
 
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
 WIDTH, NEURONS, LAYERS, HEADS, KV_HEADS, CONTEXT = 64, 96, 3, 4, 2, 128
 FATRELU_CUTOFF = 0.1
 _LLAMA = {
@@ -227,6 +230,24 @@ FAMILIES: dict[str, Family] = {
             "pad_token_id": 2,
             "original_max_position_embeddings": 32,
             "rope_parameters": _LONGROPE,
+        },
+        "phi3",
+    ),
+    "phi4-mini": Family(  # three quarters of a head turn
+        "Phi3",
+        _GQA
+        | {
+            "sliding_window": None,
+            "pad_token_id": 2,
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 32,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.05, 1.1, 1.15, 1.2, 1.25],
+                "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0],
+            },
         },
         "phi3",
     ),

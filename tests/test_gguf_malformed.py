@@ -97,7 +97,7 @@ MALFORMED: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "alignment 48": (raw_gguf([key(S, U32, u32(48))]), (S, "not 48")),
     "alignment 2^31": (raw_gguf([key(S, U32, u32(1 << 31))]), (S, "not 2147483648")),
     "alignment a string": (raw_gguf([key(S, STRING, text("32"))]), (S, "str")),
-    "split": (raw_gguf([key("split.count", 2, b"\3\0")]), ("split.count is 3", "not supported yet")),
+    "split": (raw_gguf([key("split.count", 2, b"\3\0")]), ("split.tensors.count", "missing")),
     "tensor name not UTF-8": (raw_gguf([], [tensor(b"\xff", N)]), ("tensor 0", "not UTF-8")),
     "tensor name too long": (raw_gguf([], [tensor("t" * 65, N)]), ("tensor 0", "limit 64")),
     "empty tensor name": (raw_gguf([], [tensor("", N) + bytes(8)]), ("tensor 0 has an empty name",)),

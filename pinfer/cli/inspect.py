@@ -78,6 +78,8 @@ def _figures(file: ModelFile, config: ModelConfig, tensors: bool) -> dict[str, A
         "layers": config.n_layers,
         "width": config.d_model,
         "ffn_neurons": config.d_ffn,
+        "experts": None if config.experts is None else config.experts.count,
+        "experts_used": None if config.experts is None else config.experts.used,
         "heads": config.n_heads,
         "kv_heads": config.n_kv_heads,
         "head_dim": config.head_dim,
@@ -104,8 +106,10 @@ def _figures(file: ModelFile, config: ModelConfig, tensors: bool) -> dict[str, A
 def _print(file: ModelFile, config: ModelConfig, tensors: bool) -> None:
     out = console()
     out.print(printable(f"{config.name or file.path.name} ({config.architecture}), {file.format}"))
+    experts = "" if config.experts is None else f" in {config.experts.used} of {config.experts.count} experts each"
     out.print(
-        f"{config.n_layers} layers of width {config.d_model}, {config.d_ffn} FFN neurons ({config.activation}), "
+        f"{config.n_layers} layers of width {config.d_model}, "
+        f"{config.d_ffn} FFN neurons{experts} ({config.activation}), "
         f"{config.n_heads} heads over {config.n_kv_heads} of {config.head_dim}, "
         f"{config.vocab_size} tokens, context {config.context_length}"
     )

@@ -138,6 +138,8 @@ def load_engine(run: RunConfig, progress: Callable[[str], None] = lambda _: None
     if run.activation is not None:
         config = dataclasses.replace(config, activation=run.activation)
     method, solved = what_to_run(run, config, file)
+    if config.experts is not None:
+        _check_experts(run, config)
     if method in ("dense", "input_threshold") and run.cold_fraction:
         raise ValueError(f"cold_fraction {run.cold_fraction:g} has no meaning for the {method} method")
     tokenizer = load_tokenizer(file.metadata)
@@ -162,7 +164,8 @@ def load_engine(run: RunConfig, progress: Callable[[str], None] = lambda _: None
 def _made(engine: Engine, prepared: Prepared, solved: Solved | None, find: Find) -> Engine:
     """The engine with its model sparse, and placed where `find` says. MemoryRanOut as said there."""
     run, model = engine.run, engine.model
-    wanted = "cpu" if run.device == "auto" and run.backend == "cpu" else run.device
+    on_cpu = run.backend == "cpu" or engine.config.experts is not None
+    wanted = "cpu" if run.device == "auto" and on_cpu else run.device
     device = device_for(wanted, None if run.gpu_memory_gb is None else round(GB * run.gpu_memory_gb))
     if engine.method == "dense":
         turn_down(model)
@@ -228,6 +231,20 @@ def _without_gpu(run: RunConfig) -> list[str]:
     ]
 
 
+def _check_experts(run: RunConfig, config: ModelConfig) -> None:
+    """ValueError for what a mixture of experts cannot do yet: the parts of a layer on several devices or shards."""
+    asked = {
+        f"device {run.device}": run.device not in ("auto", "cpu"),
+        f"cold_fraction {run.cold_fraction:g}": bool(run.cold_fraction),
+        "a plan": run.plan is not None,
+        "gpu_layers": bool(run.gpu_layers),
+        "a solved directory": run.predictor_path is not None,
+    }
+    for what, is_asked in asked.items():
+        if is_asked:
+            config.without_experts(what)
+
+
 def what_to_run(run: RunConfig, config: ModelConfig, file: ModelFile) -> tuple[Method, Solved | None]:
     """The run's method for this model, and the solved directory that its predictors come from, if one is named.
 
@@ -265,6 +282,8 @@ def _context(asked: int | None, config: ModelConfig) -> int:
 
 
 def _notes(engine: Engine, solved: Solved | None) -> Iterator[str]:
+    if engine.config.experts is not None and engine.run.device == "auto" and torch.cuda.is_available():
+        yield "a mixture of experts is computed on the CPU"
     if engine.run.backend == "auto" and (problem := core_problem()):
         yield f"the slower torch reference computes: {problem}"
     if error := turned_error(engine.model):

@@ -34,7 +34,7 @@ def _pieces(data: torch.Tensor, tensors: list[TensorInfo]) -> Iterator[torch.Ten
     size = data.numel()
     yield data[: min((info.offset for info in tensors), default=size)]
     for info in sorted(tensors, key=lambda info: info.name):
-        if info.name.endswith(("ffn_down.weight", "ffn_down_t.weight")):
+        if info.name.endswith(("ffn_down.weight", "ffn_down_t.weight", "ffn_down_exps.weight")):
             flat = data[info.offset : info.offset + info.nbytes]
             yield flat[:SAMPLE_BYTES]
             yield flat[-SAMPLE_BYTES:]

@@ -70,7 +70,8 @@ def measure_layer(engine: Engine, walk: LayerWalk, passed: Callable[[], None] = 
 
 
 def dense_ffn(engine: Engine, layer: int) -> DenseFFN:
-    """The FFN of a layer; ValueError unless it is dense."""
+    """The FFN of a layer; ValueError unless it is dense, and the layer's only one."""
+    engine.config.without_experts("a profile or training")
     ffn = engine.model.blocks[layer].ffn
     if not isinstance(ffn, DenseFFN):
         raise ValueError(f"layer {layer} is not dense: a profile and training need every neuron computed")

@@ -224,7 +224,8 @@ class RunStatistics:
     """Gathers over one or more generations of an engine. masses: whether contributions are wanted, for `tensors`."""
 
     def __init__(self, engine: Engine, *, masses: bool = False) -> None:
-        """ValueError for a model that is dense, or skips inputs instead of neurons."""
+        """ValueError for a model that is dense, skips inputs instead of neurons, or has experts."""
+        engine.config.without_experts("statistics of a run")
         plan = None if engine.placement is None else engine.placement.plan
         self._width, n = engine.config.d_model, engine.config.d_ffn
         self._attention = ["cpu"] * engine.config.n_layers if plan is None else [one.attention for one in plan.layers]

@@ -40,8 +40,9 @@ def model_shape(
     predictors: one a layer, of a solved directory; low_rank and sign_bits need them, for other methods their sizes
     are known without. rearranged: whether the GPU has rows in planes, a little longer, as Triton reads them; without
     it both devices have them as in the file, as an emulated one does. Sliding layers keep the whole context's keys
-    and values, which is what a cache reserves. ValueError where predictors are missing.
+    and values, which is what a cache reserves. ValueError where predictors are missing, and for a model with experts.
     """
+    config.without_experts("a plan")
     if predictors is None and method in ("low_rank", "sign_bits", "mlp"):
         raise ValueError(f"the size of {method} predictors is not known before they are made: name a solved directory")
 
@@ -54,17 +55,26 @@ def model_shape(
         on_gpu = layer(number, "planes") if rearranged else None
         layers.append(dataclasses.replace(layer(number, "blocks"), on_gpu=on_gpu))
     output = "output.weight" if file.has("output.weight") else "token_embd.weight"
-    norm = FLOAT_BYTES * config.d_model
+    norm = sum(_bytes(file, name, "blocks") for name in file.tensors if name.startswith("output_norm."))
     return ModelShape(
         name=config.name,
         layers=tuple(layers),
         head_bytes=_matrix_bytes(file, output, "blocks") + norm,
-        embedding_bytes=_matrix_bytes(file, "token_embd.weight", "blocks") if file.has("output.weight") else 0,
+        embedding_bytes=_embedding_bytes(file, config),
         d_model=config.d_model,
         vocab_size=config.vocab_size,
         gpu_head_bytes=_matrix_bytes(file, output, "planes") + norm if rearranged else None,
         rope_position_bytes=sum(FLOAT_BYTES * one.dim for one in config.ropes),
     )
+
+
+def _embedding_bytes(file: ModelFile, config: ModelConfig) -> int:
+    """Of the embedding where it is not the head as well, and of learned positions: what a token reads one row of."""
+    tokens = _matrix_bytes(file, "token_embd.weight", "blocks") if file.has("output.weight") else 0
+    if config.rope is not None:
+        return tokens
+    positions = file.info("position_embd.weight")
+    return tokens + config.context_length * row_bytes(positions.type, positions.columns, "blocks")
 
 
 def _layer(
@@ -84,7 +94,7 @@ def _layer(
         always_bytes=read + predictor.neuron,
         active_bytes=gate + rows - read,
         shared_bytes=predictor.shared,
-        compensation_bytes=predictor.compensation,
+        compensation_bytes=predictor.compensation + _optional_bytes(file, f"{prefix}ffn_down.bias"),
         own_predictor=predictor.own,
         kv_window=config.sliding_window if config.is_sliding(number) else None,
     )
@@ -95,22 +105,25 @@ def _ffn_rows(
 ) -> tuple[int, int, int]:
     """Bytes of a neuron's gate (or up, where there is none), of its other rows, and what neurons cannot share evenly.
 
-    Where no neuron is split off, matrices lie otherwise than a row a neuron: a neuron has its share of them.
+    Where no neuron is split off, matrices lie otherwise than a row a neuron: a neuron has its share of them. A bias of
+    the gate counts with it.
     """
     names = [f"{prefix}ffn_{name}.weight" for name in (("gate", "up") if config.gated else ("up",))]
     n, d = config.d_ffn, config.d_model
     by_neuron = file.has(f"{prefix}ffn_down_t.weight")
     down = file.info(f"{prefix}ffn_down{'_t' if by_neuron else ''}.weight").type
     turned = down if by_neuron else transposed_type(down, d)
+    biases = _optional_bytes(file, names[0].replace(".weight", ".bias"))
     if method not in READS_ALL:
         rows = [row_bytes(file.info(name).type, d, layout) for name in names]
-        return rows[0], sum(rows[1:]) + row_bytes(turned, d, layout), 0
+        return rows[0] + biases // n, sum(rows[1:]) + row_bytes(turned, d, layout), 0
     if method == "dense":
         stored = transposed_type(down, n) if by_neuron else down
         whole = [*(_matrix_bytes(file, name, layout) for name in names), d * row_bytes(stored, n, layout)]
     else:
         by_input = [d * row_bytes(transposed_type(file.info(name).type, n), n, layout) for name in names]
         whole = [*by_input, n * row_bytes(turned, d, layout)]
+    whole[0] += biases
     return whole[0] // n, sum(whole) // n - whole[0] // n, sum(whole) % n
 
 
@@ -156,6 +169,10 @@ def _bytes(file: ModelFile, name: str, layout: Layout) -> int:
     """Of a matrix as it is, of a vector as float32."""
     shape = file.info(name).shape
     return _matrix_bytes(file, name, layout) if len(shape) == 2 else FLOAT_BYTES * shape[0]
+
+
+def _optional_bytes(file: ModelFile, name: str) -> int:
+    return _bytes(file, name, "blocks") if file.has(name) else 0
 
 
 def _is_ffn(name: str) -> bool:

@@ -33,7 +33,7 @@ class Experts(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor, opens: bool = False) -> torch.Tensor:
         """x, residual: float32 [T, D]; returns float32 [T, D]."""
-        ratings, chosen = self._routed(x)
+        ratings, chosen = self.routed(x)
         y = torch.zeros_like(x)
         for expert in chosen.unique().tolist():
             tokens, place = (chosen == expert).nonzero(as_tuple=True)
@@ -42,7 +42,7 @@ class Experts(nn.Module):
             y.index_add_(0, tokens, out * ratings[tokens, place, None])
         return y
 
-    def _routed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def routed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Per token what its experts weigh, float32 [T, used], and their numbers, int64 [T, used]."""
         ratings, chosen = quant_matmul(x, self.router).softmax(-1).topk(self.config.used)
         if self.config.normalised:

@@ -10,7 +10,7 @@ from torch import nn
 
 from pinfer.config import ModelConfig, RopeConfig
 from pinfer.kernels.ops import add, embed, quant_matmul, softcap
-from pinfer.models.ffns import single_ffns
+from pinfer.models.ffns import Experts, single_ffns
 from pinfer.models.layers import CPU, Attention, KVCache, LayerNorm, RMSNorm, Rope, load_norm
 from pinfer.models.weights import WeightSource
 
@@ -134,8 +134,27 @@ class Transformer(nn.Module):
         return cast(list[Block], list(self.blocks))
 
     def ffns(self) -> list[nn.Module]:
-        """Every FFN in order, of layers with experts each expert's: what is sparsified and counted by itself."""
+        """Every FFN in order, of layers with experts each expert's: what is made sparse, fitted and counted by itself."""
         return [ffn for block in self.layers for ffn in single_ffns(block.ffn)]
+
+    def replace_ffns(self, replaced: Callable[[int, nn.Module], nn.Module]) -> None:
+        """Put `replaced(number, ffn)` in place of every one of `ffns`, one after the other."""
+        number = 0
+        for block in self.layers:
+            if isinstance(block.ffn, Experts):
+                for place, ffn in enumerate(block.ffn.ffns):
+                    block.ffn.ffns[place] = replaced(number + place, ffn)
+                number += len(block.ffn.ffns)
+            else:
+                block.ffn = replaced(number, block.ffn)
+                number += 1
+
+    def ffn_name(self, number: int) -> str:
+        """Where the FFN of that number is: "layer 3", or "layer 3, expert 0"."""
+        if self.config.experts is None:
+            return f"layer {number}"
+        layer, expert = divmod(number, self.config.experts.count)
+        return f"layer {layer}, expert {expert}"
 
 
 def _on(x: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -121,7 +121,8 @@ class NeuronObserver:
     """
 
     def __init__(self, model: Transformer) -> None:
-        """ValueError for a model with a dense layer."""
+        """ValueError for a model with a dense layer, or with experts."""
+        model.config.without_experts("what predictors name against what inputs call for")
         self._ffns = model.ffns()
         self._shards: list[list[tuple[Watched, torch.Tensor]]] = []
         for layer, ffn in enumerate(self._ffns):

@@ -122,7 +122,7 @@ class Folder:
         if kind == "phi3":
             turned = self._file.get(self._key("rope.dimension_count"), int, self.dims.head_dim)
             config["rope_parameters"]["partial_rotary_factor"] = turned / self.dims.head_dim
-            original = config["rope_parameters"].get("original_max_position_embeddings")
+            original = self._file.get(self._key("rope.scaling.original_context_length"), int, 0)
             found["original_max_position_embeddings"] = original or config["max_position_embeddings"]
         if kind == "falcon":
             found |= {"parallel_attn": True, "bias": False, "alibi": False}

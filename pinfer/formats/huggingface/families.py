@@ -196,6 +196,7 @@ FAMILIES: dict[str, Family] = {
     )
 }
 _OPT_EPSILON, OPT_OFFSET = 1e-5, 2
+_PHI3_ORIGINAL = 4096
 
 
 @dataclass(frozen=True)
@@ -360,6 +361,8 @@ class _Reader:
         if kind.startswith("gemma"):
             found |= self._gemma(dims)
         elif kind == "phi3":
+            original = self._count("original_max_position_embeddings") or _PHI3_ORIGINAL
+            found |= {"rope.scaling.original_context_length": original}
             found |= {"attention.sliding_window": self._count("sliding_window") or 0}
         elif kind == "falcon":
             found |= {"tensor_data_layout": "jploski"}
