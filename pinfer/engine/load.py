@@ -23,6 +23,7 @@ from pinfer.engine.fitting import (
     kept_densities,
     kept_method,
     kept_predictors,
+    mlp_predictors,
     sequences_to_fit_on,
 )
 from pinfer.engine.hardware import read_machine
@@ -36,11 +37,13 @@ from pinfer.engine.step_down import Find, MemoryRanOut, within_memory
 from pinfer.engine.text import ASSETS, Text
 from pinfer.formats import ModelFile, open_model
 from pinfer.formats.model_config import check_tensors, model_config
+from pinfer.formats.powerinfer import has_factors
 from pinfer.formats.tokenizer import Tokenizer, load_tokenizer
 from pinfer.kernels.cpp import core_problem
 from pinfer.kernels.planes import repack
 from pinfer.kernels.registry import backend_on, check_backend, use_backend, use_int8
 from pinfer.models import Transformer, build_model, replace_weights
+from pinfer.neuron_major_ffn import turn_down, turned_error
 from pinfer.overlap import Lane, Place
 from pinfer.placement import Plan
 from pinfer.placement.memory import check_plan
@@ -164,11 +167,13 @@ def _made(engine: Engine, prepared: Prepared, solved: Solved | None, find: Find)
     on_cpu = run.backend == "cpu" or engine.config.experts is not None
     wanted = "cpu" if run.device == "auto" and on_cpu else run.device
     device = device_for(wanted, None if run.gpu_memory_gb is None else round(GB * run.gpu_memory_gb))
+    if engine.method == "dense":
+        turn_down(model)
     predictors = _predictors(engine, prepared, solved)
     if device is None:
         if run.plan is not None:  # it may be meant for another model, and would be refused where there is a GPU
             shape = model_shape(engine.file, engine.config, engine.method, predictors.fitted)
-            check_plan(shape, runnable(read_plan(run.plan)))
+            check_plan(shape, runnable(read_plan(run.plan, shape)))
         plan = Plan.uniform(engine.config.n_layers, engine.config.d_ffn, run.cold_fraction)
         _make_sparse(engine, prepared, predictors, plan if run.cold_fraction else None)
         _lay_out(model)
@@ -246,13 +251,28 @@ def what_to_run(run: RunConfig, config: ModelConfig, file: ModelFile) -> tuple[M
     ValueError for a method or a directory that does not fit the model or the run's other settings.
     """
     if run.predictor_path is None:
-        return resolve_method(run.method, config, run.sparsity), None
+        return _own_method(run, config, file), None
     solved = Solved.open(run.predictor_path, file)
     method = kept_method(solved, run.method)
     check_activation(solved, config)
     if run.sparsity is not None and method not in THRESHOLDED:
         raise ValueError(f"sparsity {run.sparsity:g} has no meaning for {method} predictors that are fitted already")
     return method, solved
+
+
+def _own_method(run: RunConfig, config: ModelConfig, file: ModelFile) -> Method:
+    """The method of a run without a directory: a file with predictors of its own is run by them, unless told otherwise."""
+    if run.method not in ("auto", "mlp") or (run.method == "auto" and run.sparsity is not None):
+        return resolve_method(run.method, config, run.sparsity)
+    if has_factors(file):
+        if run.sparsity is not None:
+            raise ValueError(f"sparsity {run.sparsity:g} has no meaning for method mlp, whose threshold is the file's")
+        return "mlp"
+    if run.method == "mlp":
+        raise ValueError(
+            f"{file.path}: method mlp needs a file with predictors (blk.N.fc1, blk.N.fc2), as PowerInfer's"
+        )
+    return resolve_method(run.method, config, run.sparsity)
 
 
 def _context(asked: int | None, config: ModelConfig) -> int:
@@ -266,6 +286,8 @@ def _notes(engine: Engine, solved: Solved | None) -> Iterator[str]:
         yield "a mixture of experts is computed on the CPU"
     if engine.run.backend == "auto" and (problem := core_problem()):
         yield f"the slower torch reference computes: {problem}"
+    if error := turned_error(engine.model):
+        yield f"down was requantised to Q8_0 for the dense path, at {100 * error:.2g} % of its weights' RMS"
     if error := down_error(engine.model):
         yield f"down was requantised to Q8_0 for the sparse path, at {100 * error:.2g} % of its weights' RMS"
     if error := input_error(engine.model):
@@ -317,7 +339,9 @@ def _predictors(engine: Engine, prepared: Prepared, solved: Solved | None) -> _P
     if engine.method == "exact":
         return _Predictors(exact_predictors)
     densities = None
-    if solved is None:
+    if engine.method == "mlp" and solved is None:
+        fitted: Sequence[Predictor] = mlp_predictors(engine.file, engine.config)
+    elif solved is None:
         fitted = _fitted(engine, prepared)
     else:
         fitted, densities = kept_predictors(solved, engine.model), kept_densities(solved)
