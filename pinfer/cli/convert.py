@@ -17,6 +17,8 @@ from pinfer.formats import ModelFile, open_model
 from pinfer.formats.huggingface.folder import CONFIG
 from pinfer.formats.huggingface.write import folder_bytes, write_folder
 from pinfer.formats.model_config import check_tensors, model_config
+from pinfer.formats.powerinfer import is_neuron_major
+from pinfer.formats.row_major import RowMajor
 from pinfer.formats.standard import standard_tensors, write_standard
 from pinfer.kernels.ops import dequantize
 from pinfer.quant import BY_NAME, QuantType
@@ -87,6 +89,8 @@ def _check_output(file: ModelFile, path: Path, form: str, force: bool) -> None:
 
 
 def _write(file: ModelFile, path: Path, form: str, kind: QuantType | None, force: bool) -> int:
+    if is_neuron_major(file):
+        file = RowMajor(file, dequantize)
     with torch.inference_mode():
         if form == "gguf":
             with written(sum(tensor.nbytes for tensor in standard_tensors(file, kind, dequantize))) as progress:

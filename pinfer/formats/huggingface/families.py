@@ -79,6 +79,18 @@ _NEURONS = Field("intermediate_size", "feed_forward_length")
 _WINDOW = Field("sliding_window", "attention.sliding_window", optional=True)
 _USUAL_WINDOW = Field("sliding_window", "attention.sliding_window", optional=True, missing=4096)
 _GATED = (*_SHAPE, _KV, _NEURONS, _CONTEXT, _RMS)
+# A model of images and text states of its text part only what is not usual.
+_GEMMA3 = (
+    Field("vocab_size", "vocab_size", default=262208),
+    Field("hidden_size", "embedding_length", default=2304),
+    Field("num_hidden_layers", "block_count", default=26),
+    Field("num_attention_heads", "attention.head_count", default=8),
+    Field("num_key_value_heads", "attention.head_count_kv", default=4),
+    Field("intermediate_size", "feed_forward_length", default=9216),
+    Field("max_position_embeddings", "context_length", default=131072),
+    _RMS,
+)
+_GEMMA_HEAD_DIM = 256
 _EXPERTS = Field("num_experts_per_tok", "expert_used_count")
 _SOFTCAPS = (
     Field("attn_logit_softcapping", "attn_logit_softcapping", float, optional=True),
@@ -136,7 +148,7 @@ FAMILIES: dict[str, Family] = {
             "Gemma3ForCausalLM",
             "gemma3",
             names.GEMMA3,
-            (*_GATED, _USUAL_WINDOW),
+            (*_GEMMA3, _USUAL_WINDOW),
             "gelu_tanh",
             activation_field="hidden_activation",
             neutral={
@@ -197,6 +209,7 @@ FAMILIES: dict[str, Family] = {
 }
 _OPT_EPSILON, OPT_OFFSET = 1e-5, 2
 _PHI3_ORIGINAL = 4096
+_WITH_IMAGES = "gemma3"  # whose text part, text_config, is a gemma3_text
 
 
 @dataclass(frozen=True)
@@ -209,10 +222,15 @@ class Described:
     tensors: tuple[Link, ...]
     dims: Dims
     tied: bool
+    with_images: bool  # the tensors are the text part of a model that reads images too
 
 
 def describe(config: Node) -> Described:
     """FormatError naming config.json and the field that is missing, wrong, or asks for what is not implemented."""
+    with_images = config.at("model_type").value == _WITH_IMAGES
+    if with_images:
+        _refuse_quantised(config)
+        config = config.at("text_config")
     family = _find_family(config)
     for name, values in family.neutral.items():
         node = config.at(name)
@@ -232,11 +250,11 @@ def describe(config: Node) -> Described:
             rope.read(family.default_theta)
         metadata |= rope.metadata
         vectors = rope.vectors
-    tied = config.get("tie_word_embeddings", bool, family.tied)
-    return Described(family, metadata, vectors, tensors_of(family, read.two_norms()), dims, tied)
+    tied = with_images or config.get("tie_word_embeddings", bool, family.tied)
+    return Described(family, metadata, vectors, tensors_of(family, read.two_norms()), dims, tied, with_images)
 
 
-def _find_family(config: Node) -> Family:
+def _refuse_quantised(config: Node) -> None:
     quantised = config.at("quantization_config")
     if quantised.value is not None:
         method = quantised.at("quant_method").value
@@ -244,11 +262,15 @@ def _find_family(config: Node) -> Family:
             f"quant_method is {shown(str(method))}: weights that another library has quantised are not supported; "
             "take the model's unquantised folder, or a GGUF"
         )
+
+
+def _find_family(config: Node) -> Family:
+    _refuse_quantised(config)
     model_type = config.get("model_type", str)
     if model_type is None:
         raise config.fault("model_type is missing")
     if model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
+        known = ", ".join((*FAMILIES, _WITH_IMAGES))
         raise config.fault(f"model_type is {shown(model_type)}, which is not supported; {known} are")
     return FAMILIES[model_type]
 
@@ -271,7 +293,8 @@ class _Reader:
         values.setdefault(self.key("attention.head_count_kv"), self._kv_heads(values))
         if self.family.model_type == "falcon":
             values.setdefault(self.key("feed_forward_length"), 4 * values[self.key("embedding_length")])
-        if self.family.head_dim and (head_dim := self._count("head_dim")) is not None:
+        usual = _GEMMA_HEAD_DIM if self.family.model_type.startswith("gemma") else None
+        if self.family.head_dim and (head_dim := self._count("head_dim") or usual) is not None:
             values |= dict.fromkeys((self.key("attention.key_length"), self.key("attention.value_length")), head_dim)
         return values
 
@@ -376,7 +399,7 @@ class _Reader:
         """Which layers slide, and what scores are scaled by where it is not the head's width."""
         found: dict[str, Any] = {"attention.sliding_window_pattern": self._sliding(dims.n_layers)}
         node = self.config.at("query_pre_attn_scalar")
-        width = 256.0 if node.value is None else number(node)
+        width = float(_GEMMA_HEAD_DIM) if node.value is None else number(node)
         if not (math.isfinite(width) and width > 0):
             raise node.fault(f"is {width:g}; it must be finite and positive")
         if width != dims.head_dim:

@@ -61,6 +61,8 @@ class HFFolder(ModelFile):
         described = describe(Node.read(folder / CONFIG, MAX_CONFIG_BYTES))
         shards = open_shards(folder)
         stored = {name: one for shard in shards for name, one in shard.tensors.items()}
+        if described.with_images:
+            stored = {text: one for name, one in stored.items() if (text := text_name(name)) is not None}
         parts: list[Part] = [*shards, Part(folder / CONFIG, map_file(folder / CONFIG))]
         build = _Tensors(parts, stored, described)
         described.metadata.update(_general(folder, build.tensors))
