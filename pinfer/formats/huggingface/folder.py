@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from pinfer.formats.errors import FormatError, shown
-from pinfer.formats.huggingface.families import Described, describe
+from pinfer.formats.huggingface.describe import Described, describe
 from pinfer.formats.huggingface.json_file import Node
-from pinfer.formats.huggingface.names import Change, Link, folder_names, is_ignored, links, row_orders
+from pinfer.formats.huggingface.names import Change, Link, folder_names, is_ignored, links, row_orders, text_name
 from pinfer.formats.huggingface.names import describe as misshapen
 from pinfer.formats.huggingface.safetensors_file import TYPES, Stored
 from pinfer.formats.huggingface.shards import open_shards
