@@ -128,6 +128,7 @@ def _of_file(options: SubjectOptions, default_over: float) -> Subject:
     file = open_model(path)
     config = model_config(file)
     check_tensors(file, config)
+    config.without_experts("a plan")
     solved = None if named is None else Solved.open(named, file)
     predictors = densities = None
     if named is not None and solved is not None and PREDICTORS in solved.stages:
