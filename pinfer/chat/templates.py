@@ -15,7 +15,7 @@ _KNOWN_BY = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "gemma": ("<start_of_turn>", "<end_of_turn>"),
     "phi-3": ("<|user|>", "<|assistant|>", "<|end|>"),
-    "mistral": ("[INST]", "[/INST]"),
+    "mistral-v3": ("[INST]", "[/INST]"),
     "falcon": (">>QUESTION<<", ">>ANSWER<<"),
 }
 DEFAULT = "alpaca"  # plain words alone, so that it suits every vocabulary
