@@ -53,7 +53,7 @@ class Bench:
         self.lane = Emulated([Place(1)], Delays(bandwidth=gpu_bandwidth), timeout_s=60.0)
         self.inputs = layer_inputs(engine, TOKENS)
         self.x, self.residual = torch.empty(2, 1, engine.config.d_model)
-        shape = model_shape(engine.gguf, engine.config, engine.method, rearranged=False)
+        shape = model_shape(engine.file, engine.config, engine.method, rearranged=False)
         machine = Hardware("emulated", 0, gpu_bandwidth, 1.0, sync_s=0.0)
         self.problem = Problem(shape, rates, machine, 1, filled=0)
 
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="add the figures to this file, a line a run")
     wanted = parser.parse_args()
     engine = load_engine(RunConfig(model=wanted.model, method="exact", threads=1))
-    tensors = Solved.open(wanted.solved, engine.gguf).read_tensors(ACTIVATIONS)
+    tensors = Solved.open(wanted.solved, engine.file).read_tensors(ACTIVATIONS)
     rates = measured_rates(from_tensors(tensors, engine.config.n_layers))
     bench = Bench(engine, rates, wanted)
     cpu = bench.calibrate()

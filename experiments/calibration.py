@@ -142,7 +142,7 @@ def dealt(sequences: list[torch.Tensor]) -> Parts:
 def settings_of(args: argparse.Namespace, engine: Engine, method: str, parts: Parts) -> dict[str, Any]:
     return {
         "model": engine.path.name,
-        "model_bytes": engine.gguf.nbytes,
+        "model_bytes": engine.file.nbytes,
         "method": method,
         "rank": args.rank if method == "low_rank" else None,
         "int8": engine.int8,
@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     settings = settings_of(args, engine, method, parts)
     record = Record(args.output / f"{engine.path.stem}-{method}.json", settings)
     unseen = [Unseen(engine, path, args.windows, args.stride) for path in TEXTS]
-    downs, rows = Prepared(engine.gguf, engine.config).downs(), []
+    downs, rows = Prepared(engine.file, engine.config).downs(), []
     with engine.computing():
         how = FitSettings(method, args.rank)
         how.check(engine.config)

@@ -87,7 +87,9 @@ class Layer:
     """What a layer's variants share: float32 weights [N, D], their bytes, calibration inputs, centres, M."""
 
     def __init__(self, ffn: DenseFFN, inputs: torch.Tensor) -> None:
-        """inputs: float32 [T, D], opening tokens left out. ValueError without a gate, or where up is clamped."""
+        """inputs: float32 [T, D], opening tokens left out. ValueError without a gate, where up is clamped, or with a bias."""
+        if ffn.gate_bias is not None or ffn.down_bias is not None or ffn.cutoff:
+            raise ValueError("this model's FFN has biases or a cutoff, which these variants leave out")
         if ffn.up is None or ffn.activation in CLAMPS_UP:
             raise ValueError("this model's FFN has no gate, or clamps its up products: shift_threshold does not fit it")
         down, _ = transposed_down(0, ffn)

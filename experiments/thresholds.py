@@ -65,7 +65,7 @@ def bytes_share(engine: Engine) -> float:
     for layer, ffn in enumerate(engine.model.ffns()):
         if isinstance(ffn, InputSparseFFN):
             read += _bytes_read(ffn)
-            of_file = [engine.gguf.tensor(f"blk.{layer}.ffn_{name}.weight") for name in ("gate", "up")]
+            of_file = [engine.file.tensor(f"blk.{layer}.ffn_{name}.weight") for name in ("gate", "up")]
             dense += ffn.weights.down.nbytes + sum(matrix.nbytes for matrix in of_file)
             continue
         parts = [module for module in ffn.modules() if isinstance(module, SparseFFN)]

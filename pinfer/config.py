@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-Activation = Literal["silu", "gelu_tanh", "relu", "relu2", "drelu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "drelu"]
+Norm = Literal["rms", "layer"]
 RopeStyle = Literal["interleaved", "halves"]
 Method = Literal[
     "auto",
@@ -23,6 +24,7 @@ Method = Literal[
     "input_threshold",
     "low_rank",
     "sign_bits",
+    "mlp",
 ]
 Backend = Literal["auto", "reference", "cpu", "triton"]
 Precision = Literal["auto", "float32", "int8"]
@@ -31,25 +33,75 @@ DeviceName = Literal["cpu", "auto", "cuda", "emulated"]
 
 
 @dataclass(frozen=True)
+class YarnConfig:
+    """YaRN (Peng et al. 2023): dimensions that turn more than `beta_fast` times over the original context keep their
+    frequency, those that turn less than `beta_slow` times are scaled as linear scaling does, those between mix."""
+
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+@dataclass(frozen=True)
 class RopeConfig:
     """Rotary embedding of one kind of layer.
 
-    `style` pairs dimension 2i with 2i+1 (`interleaved`, GGUF's llama) or i with i + dim/2
-    (`halves`, NeoX and Gemma). `scale` divides positions (linear scaling).
+    `dim` of a head's dimensions turn, the rest stays. `style` pairs dimension 2i with 2i+1 (`interleaved`, GGUF's
+    llama) or i with i + dim/2 (`halves`, NeoX and Gemma). `scale` divides positions (linear scaling), under `yarn`
+    those of slow dimensions only. `attention_factor` multiplies cos and sin. `original_context` is the context before
+    scaling: YaRN's bounds follow from it, and of a file's short and long frequency factors (Phi-3) a run with a longer
+    context takes the long ones.
     """
 
     dim: int
     base: float
     style: RopeStyle
     scale: float = 1.0
+    yarn: YarnConfig | None = None
+    attention_factor: float = 1.0
+    original_context: int | None = None
+
+    def __post_init__(self) -> None:
+        yarn = self.yarn or YarnConfig()
+        factors = (self.base, self.scale, self.attention_factor, yarn.beta_fast, yarn.beta_slow)
+        if not all(math.isfinite(one) and one > 0 for one in factors):
+            raise ValueError(
+                f"rope base {self.base} and scale {self.scale} must be finite and positive, as all of {self}"
+            )
+        if self.original_context is not None and self.original_context < 1:
+            raise ValueError(f"rope's original context must be at least 1, not {self.original_context}")
+        if self.yarn and (self.original_context is None or yarn.beta_fast < yarn.beta_slow or self.base <= 1):
+            raise ValueError(f"YaRN needs a base above 1, an original context and beta_fast >= beta_slow: {self}")
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """A mixture of experts: each token goes to the `used` of `count` FFNs that the router rates highest.
+
+    Their outputs are weighed by the softmax of all ratings, divided by the sum of the chosen ones where `normalised`,
+    and times `scale`.
+    """
+
+    count: int
+    used: int
+    normalised: bool = True
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.used <= self.count:
+            raise ValueError(f"experts used must lie in [1, {self.count}], the experts there are, not {self.used}")
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"the scale of experts must be finite and positive, not {self.scale}")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape and conventions of one model, whatever file it came from.
 
-    Dimensions follow the code base's letters: `d_model` is D, `d_ffn` is N. `sliding[i]` says
-    whether layer i attends only to the last `sliding_window` positions (its own included).
+    Dimensions follow the code base's letters: `d_model` is D, `d_ffn` is N, the neurons of a layer's FFN or of one
+    of its `experts`. `sliding[i]` says whether layer i attends only to the last `sliding_window` positions (its own
+    included). Without `rope`, positions are learned: row `position_offset` of the table belongs to the first one.
+    `cutoff` is what a ReLU's gate must pass to be kept (FATReLU, Song et al. 2024), 0 for plain ReLU. The softcaps
+    are Gemma 2's: cap · tanh(x / cap).
     """
 
     architecture: str
@@ -64,13 +116,19 @@ class ModelConfig:
     context_length: int
     norm_eps: float
     activation: Activation
-    rope: RopeConfig
+    rope: RopeConfig | None
     rope_local: RopeConfig | None = None
     sliding_window: int | None = None
     sliding: tuple[bool, ...] = ()
     gated: bool = True
     attention_scale: float = 0.0
     embedding_scale: float = 1.0
+    norm: Norm = "rms"
+    position_offset: int = 0
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    cutoff: float = 0.0
+    experts: ExpertsConfig | None = None
 
     def __post_init__(self) -> None:
         counts = ("n_layers", "d_model", "d_ffn", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "context_length")
@@ -81,20 +139,41 @@ class ModelConfig:
             raise ValueError(f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})")
         if not 0 < self.norm_eps < 1:
             raise ValueError(f"norm_eps must lie in (0, 1), not {self.norm_eps}")
-        if self.activation not in get_args(Activation):
-            raise ValueError(f"activation {self.activation!r} is none of {', '.join(get_args(Activation))}")
+        for field, kind in (("activation", Activation), ("norm", Norm)):
+            if getattr(self, field) not in get_args(kind):
+                raise ValueError(f"{field} {getattr(self, field)!r} is none of {', '.join(get_args(kind))}")
         if self.sliding and len(self.sliding) != self.n_layers:
             raise ValueError(f"sliding names {len(self.sliding)} layers, the model has {self.n_layers}")
         for rope in filter(None, (self.rope, self.rope_local)):
             if not 0 < rope.dim <= self.head_dim or rope.dim % 2:
                 raise ValueError(f"rope dimension {rope.dim} must be even and at most head_dim {self.head_dim}")
-            if not (math.isfinite(rope.base) and rope.base > 0 and math.isfinite(rope.scale) and rope.scale > 0):
-                raise ValueError(f"rope base {rope.base} and scale {rope.scale} must be finite and positive")
+        if not (math.isfinite(self.cutoff) and self.cutoff >= 0):
+            raise ValueError(f"cutoff must be finite and at least 0, not {self.cutoff}")
+        if self.cutoff and self.activation != "relu":
+            raise ValueError(
+                f"cutoff {self.cutoff:g} has no meaning for the activation {self.activation}, only for relu"
+            )
+        for cap in filter(None, (self.attention_softcap, self.logit_softcap)):
+            if not (math.isfinite(cap) and cap > 0):
+                raise ValueError(f"a softcap must be finite and positive, not {cap}")
         if self.attention_scale == 0.0:
             object.__setattr__(self, "attention_scale", self.head_dim**-0.5)
 
     def is_sliding(self, layer: int) -> bool:
         return bool(self.sliding) and self.sliding[layer]
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """Those that the model has: of all layers, and of sliding ones where theirs differs."""
+        return tuple(one for one in (self.rope, self.rope_local) if one is not None)
+
+    def without_experts(self, what: str) -> None:
+        """ValueError if the model has experts, for `what` ("a plan") does not know of them."""
+        if self.experts is not None:
+            raise ValueError(
+                f"{what} does not support a mixture of experts yet ({self.architecture} with {self.experts.count}); "
+                "on the CPU the methods dense, exact and gate_threshold do"
+            )
 
 
 def _in_range(name: str, value: float, low: float, high: float, *, open_low: bool = False, whole: bool = False) -> None:
@@ -136,8 +215,8 @@ class RunConfig:
     `method` picks the predictor: `dense` computes every neuron, `exact` needs a ReLU model,
     `gate_threshold` (CATS), `weighted_threshold`, `shift_threshold` and `input_threshold` (TEAL, which
     skips inputs instead of neurons) need `sparsity`, `low_rank` needs it for models without ReLU,
-    `sign_bits` needs ReLU. `auto` is what the predictors of `predictor_path`, a solved directory, are
-    for; without one, where a sparsity is given, the best method that needs no training
+    `sign_bits` needs ReLU, `mlp` a file that has its predictors (PowerInfer's). `auto` is what the predictors of `predictor_path`, a solved directory, are
+    for, or `mlp` for a file that has its predictors; without either, where a sparsity is given, the best method that needs no training
     (`shift_threshold` for SiLU and GELU); else `exact` for ReLU models and `dense` for others.
     `predictor_rank` is that of `low_rank`, and `recall`, the share of active neurons to catch, that
     of `low_rank` and `sign_bits`. `cold_fraction` puts that share of each layer's neurons on a

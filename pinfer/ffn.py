@@ -1,6 +1,7 @@
 """The FFN blocks of a model, interchangeable: `ffn(x, residual, opens=False) -> y`.
 
-y = Σ_i act(g_i · x)(u_i · x) d_i over the neurons i, u_i · x clamped at 0 under dReLU. DenseFFN
+y = Σ_i act(g_i · x + b_i)(u_i · x) d_i + d over the neurons i, u_i · x clamped at 0 under dReLU; the biases b and d
+are those of OPT, whose up matrix is the gate g, and the activation may have a cutoff (FATReLU). DenseFFN
 computes all of them, SparseFFN the ones its predictor names, HybridFFN adds a hot and a cold shard:
 any split of the neurons, over skips or over devices, is exact for the neurons it keeps. InputSparseFFN
 (`input_sparse_ffn`) skips inputs and hidden values instead. `opens` says that x's first row is the first token of its sequence.
@@ -17,6 +18,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from pinfer.kernels.activation import check_activation
 from pinfer.kernels.ops import add, glu, quant_matmul, sparse_ffn, tally
 from pinfer.kernels.select_active import Active
 from pinfer.kernels.tuning import expect_density
@@ -31,19 +33,23 @@ class FFNWeights:
     """Neuron-major weights: row i of each [N, D] matrix belongs to neuron i.
 
     `down` is transposed from the file, at a relative RMS error of `down_error` where it had to be
-    requantised. An ungated FFN has its up matrix as `gate` and no `up`.
+    requantised. An ungated FFN has its up matrix as `gate` and no `up`. gate_bias: float32 [N] or None, added to
+    the gate product; down_bias: float32 [D] or None, added to y once, whatever the neurons.
     """
 
     gate: QuantTensor
     up: QuantTensor | None
     down: QuantTensor
     down_error: float = 0.0
+    gate_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("up", "down"):
             weight = getattr(self, name)
             if weight is not None and weight.shape != self.gate.shape:
                 raise ValueError(f"{name} is {weight.shape}, expected gate's {self.gate.shape} (neurons, width)")
+        check_biases(self.gate_bias, self.down_bias, *self.gate.shape)
 
     @property
     def n_neurons(self) -> int:
@@ -61,12 +67,33 @@ class FFNWeights:
     def of_blocks(self, blocks: Sequence[torch.Tensor]) -> FFNWeights:
         """The same matrices, or some of their rows, over other memory: one tensor for each of `matrices`."""
         gate, *up, down = (replace(one, blocks=held) for one, held in zip(self.matrices, blocks, strict=True))
-        return FFNWeights(gate, up[0] if up else None, down, self.down_error)
+        return FFNWeights(gate, up[0] if up else None, down, self.down_error, self.gate_bias, self.down_bias)
 
-    def shard(self, neurons: torch.Tensor) -> FFNWeights:
-        """Some of the neurons (int64 [H]), numbered in that order; copies their rows."""
+    def of_rows(self, first: int, blocks: Sequence[torch.Tensor]) -> FFNWeights:
+        """Neurons from `first` on over other memory, which may be another device's; without the bias of y."""
+        held, n = self.gate_bias, blocks[0].shape[0]
+        bias = None if held is None else held[first : first + n].to(blocks[0].device)
+        gate, *up, down = (replace(one, blocks=part) for one, part in zip(self.matrices, blocks, strict=True))
+        return FFNWeights(gate, up[0] if up else None, down, self.down_error, bias)
+
+    def shard(self, neurons: torch.Tensor, *, with_bias: bool = True) -> FFNWeights:
+        """Some of the neurons (int64 [H]), numbered in that order; copies their rows. Of all shards, one has y's bias."""
         up = None if self.up is None else self.up[neurons]
-        return FFNWeights(self.gate[neurons], up, self.down[neurons], self.down_error)
+        gate_bias = None if self.gate_bias is None else self.gate_bias[neurons]
+        down_bias = self.down_bias if with_bias else None
+        return FFNWeights(self.gate[neurons], up, self.down[neurons], self.down_error, gate_bias, down_bias)
+
+
+def check_biases(gate_bias: torch.Tensor | None, down_bias: torch.Tensor | None, neurons: int, width: int) -> None:
+    """ValueError unless biases that are given are float32 [neurons] and [width]."""
+    for name, bias, size in (("gate_bias", gate_bias, neurons), ("down_bias", down_bias, width)):
+        if bias is not None and (bias.shape != (size,) or bias.dtype != torch.float32):
+            raise ValueError(f"{name} is {bias.dtype} {list(bias.shape)}, expected torch.float32 [{size}]")
+
+
+def with_bias(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """y float32 [T, D] and a bias float32 [D], if any, as an op that a recorded step repeats."""
+    return y if bias is None else add(y, bias.expand(y.shape))
 
 
 class Activity:
@@ -100,38 +127,66 @@ class Activity:
 
 
 class DenseFFN(nn.Module):
-    """Every neuron. gate, up: QuantTensor [N, D]; down: [D, N] as the file has it; up may be None."""
+    """Every neuron. gate, up: QuantTensor [N, D]; down: [D, N] as the file has it; up may be None.
 
-    def __init__(self, gate: QuantTensor, up: QuantTensor | None, down: QuantTensor, activation: str) -> None:
+    gate_bias: float32 [N] or None, of the gate product, which is the up product of an ungated FFN; down_bias:
+    float32 [D] or None. cutoff: FATReLU's, for relu alone. ValueError for sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        gate: QuantTensor,
+        up: QuantTensor | None,
+        down: QuantTensor,
+        activation: str,
+        gate_bias: torch.Tensor | None = None,
+        down_bias: torch.Tensor | None = None,
+        cutoff: float = 0.0,
+    ) -> None:
         super().__init__()
+        check_activation(activation, cutoff)
+        check_biases(gate_bias, down_bias, *gate.shape)
         self.gate, self.up, self.down, self.activation = gate, up, down, activation
+        self.gate_bias, self.down_bias, self.cutoff = gate_bias, down_bias, cutoff
+
+    def products(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Gate products with their bias, and up products, float32 [T, N] each, of x float32 [T, D]; None: not gated."""
+        return quant_matmul(x, self.gate, self.gate_bias), None if self.up is None else quant_matmul(x, self.up)
+
+    def hidden(self, gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+        """The hidden values float32 [T, N] of what `products` gave."""
+        return glu(gate, up, activation=self.activation, cutoff=self.cutoff)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor, opens: bool = False) -> torch.Tensor:
         """x, residual: float32 [T, D]; returns float32 [T, D]."""
-        up = None if self.up is None else quant_matmul(x, self.up)
-        return quant_matmul(glu(quant_matmul(x, self.gate), up, activation=self.activation), self.down)
+        return quant_matmul(self.hidden(*self.products(x)), self.down, self.down_bias)
 
 
 class SparseFFN(nn.Module):
-    """The neurons its predictor names, on one device, and what compensates for the others."""
+    """The neurons its predictor names, on one device, and what compensates for the others.
 
-    def __init__(self, weights: FFNWeights, predictor: Predictor, activation: str) -> None:
+    cutoff: FATReLU's, for relu alone.
+    """
+
+    def __init__(self, weights: FFNWeights, predictor: Predictor, activation: str, cutoff: float = 0.0) -> None:
         super().__init__()
-        self.weights, self.predictor, self.activation = weights, predictor, activation
+        check_activation(activation, cutoff)
+        self.weights, self.predictor, self.activation, self.cutoff = weights, predictor, activation, cutoff
         self.observe: Callable[[torch.Tensor, Prediction], None] | None = None  # called with what is computed
         self.activity = Activity(weights.n_neurons, weights.gate.device)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor, opens: bool = False) -> torch.Tensor:
         if not (opens and self.predictor.opens_dense):
             return self._compensated(x, residual)
-        first = self.compute(x[:1], self.everything())
+        first = with_bias(self.compute(x[:1], self.everything()), self.weights.down_bias)
         return torch.cat([first, self._compensated(x[1:], residual[1:])]) if x.shape[0] > 1 else first
 
     def _compensated(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return _with_compensation(self.compute(x, self.predictor(x, residual)), x, self.predictor)
+        y = with_bias(self.compute(x, self.predictor(x, residual)), self.weights.down_bias)
+        return _with_compensation(y, x, self.predictor)
 
     def compute(self, x: torch.Tensor, prediction: Prediction) -> torch.Tensor:
-        """The neurons of a prediction, whoever made it, without compensation: x float32 [T, D] to y [T, D]."""
+        """The neurons of a prediction, whoever made it, without compensation and bias: x float32 [T, D] to y [T, D]."""
         self._count(x, prediction)
         return self._sum(x, prediction, self.weights)
 
@@ -143,7 +198,10 @@ class SparseFFN(nn.Module):
             tuple(one.blocks[first:end] for one in self.weights.matrices) for first, end in pairwise(bounds)
         )
         parts = split_prediction(prediction.to(x.device), tuple(end - first for first, end in pairwise(bounds)))
-        ys = (self._sum(x, part, self.weights.of_blocks(blocks)) for part, blocks in zip(parts, pieces, strict=True))
+        ys = (
+            self._sum(x, part, self.weights.of_rows(first, blocks))
+            for part, blocks, (first, _) in zip(parts, pieces, pairwise(bounds), strict=True)
+        )
         return reduce(add, ys, torch.zeros_like(x))
 
     def _count(self, x: torch.Tensor, prediction: Prediction) -> None:
@@ -163,7 +221,16 @@ class SparseFFN(nn.Module):
                 mask=prediction.mask,
                 gate_values=prediction.gate_values,
                 shift=prediction.shift,
+                gate_bias=weights.gate_bias,
+                cutoff=self.cutoff,
             )
+
+    def products(self, x: torch.Tensor, prediction: Prediction) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As DenseFFN's of every neuron, for who observes it: the gate's from the prediction where that has them."""
+        gate, weights = prediction.gate_values, self.weights
+        if gate is None:
+            gate = quant_matmul(x, weights.gate, weights.gate_bias)
+        return gate, None if weights.up is None else quant_matmul(x, weights.up)
 
     @property
     def traffic(self) -> Traffic:
@@ -180,10 +247,10 @@ class SparseFFN(nn.Module):
         return Prediction(Active(every, torch.full((1,), count, dtype=torch.int32, device=device)), None, None)
 
     def shard(self, neurons: torch.Tensor, *, compensated: bool = True) -> SparseFFN:
-        """The same for some of the neurons (int64 [H]); of all shards, one is to be compensated."""
+        """The same for some of the neurons (int64 [H]); of all shards, one is to be compensated, and has the bias of y."""
         predictor = self.predictor.shard(neurons)
         predictor.compensation = self.predictor.compensation if compensated else None
-        part = SparseFFN(self.weights.shard(neurons), predictor, self.activation)
+        part = SparseFFN(self.weights.shard(neurons, with_bias=compensated), predictor, self.activation, self.cutoff)
         part._share_gate()
         return part
 
@@ -208,7 +275,8 @@ class HybridFFN(nn.Module):
 
     lane:      what runs the cold shards beside the hot one; None computes one after the other on the same threads.
     predictor: one for all neurons, on the hot shard's device, numbered hot first and then cold, shard by shard,
-               which compensates where it has to. None has every shard ask its own, of which one compensates.
+               which compensates where it has to; the hot shard has the bias of y. None has every shard ask its own, of
+               which one compensates and has the bias.
     """
 
     def __init__(
@@ -249,7 +317,10 @@ class HybridFFN(nn.Module):
         order = torch.cat([hot, *cold])
         predictor = whole.predictor.shard(order)
         predictor.compensation = whole.predictor.compensation
-        shards = [SparseFFN(whole.weights.shard(part), predictor, whole.activation) for part in (hot, *cold)]
+        shards = [
+            SparseFFN(whole.weights.shard(part, with_bias=i == 0), predictor, whole.activation, whole.cutoff)
+            for i, part in enumerate((hot, *cold))
+        ]
         return cls(shards[0], shards[1:], lane, predictor)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor, opens: bool = False) -> torch.Tensor:
@@ -269,11 +340,12 @@ class HybridFFN(nn.Module):
                 ],
             )
         if whole_first:
-            return self._named(x, [shard.everything() for shard in (self.hot, *self._cold)])
+            y = self._named(x, [shard.everything() for shard in (self.hot, *self._cold)])
+            return with_bias(y, self.hot.weights.down_bias)
         sizes = tuple(shard.weights.n_neurons for shard in (self.hot, *self._cold))
         named = split_prediction(self.predictor(x, residual), sizes)
         y = self._streamed(x, self.hot.compute(x, named[0]), named[1:]) if streams else self._named(x, named)
-        return _with_compensation(y, x, self.predictor)
+        return _with_compensation(with_bias(y, self.hot.weights.down_bias), x, self.predictor)
 
     def _streams(self, tokens: int) -> bool:
         """Whether this batch's cold neurons are computed on the device."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
+import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -31,25 +35,71 @@ def leftovers(folder: Path, name: str | None = None) -> list[Path]:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that is there whole or as it was before, also after a loss of power. OSError names it and says why
     not."""
+    with appearing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def appearing(path: Path, n_bytes: int = 0) -> Iterator[IO[bytes]]:
+    """A temporary file that becomes `path` where the block ends without an error, and otherwise goes.
+
+    OSError names `path` and says why not: no room for the `n_bytes` that are to come (checked first), a full disk.
+    """
     try:
-        _write(path, content)
+        file = temporary(path)
+        try:
+            with file:
+                check_room(path, n_bytes)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(file.name, 0o666 & ~_umask())  # temporary files are for their owner alone
+            os.replace(file.name, path)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(file.name)
     except OSError as problem:  # which names the temporary file
         raise OSError(problem.errno, problem.strerror, str(path)) from problem
     _sync_folder(path.parent)
 
 
-def _write(path: Path, content: bytes) -> None:
-    file = temporary(path)
+@contextmanager
+def appearing_folder(path: Path, n_bytes: int = 0, *, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `path` where the block ends without an error, and otherwise goes.
+
+    Another folder there is replaced only where `replace` says so, and is as it was until then. OSError names `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(path) and not replace:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    check_room(path, n_bytes)
+    made = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    old = made.with_name(made.name + ".old")
     try:
-        with file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(file.name, 0o666 & ~_umask())  # temporary files are for their owner alone
-        os.replace(file.name, path)
+        yield made
+        for file in made.iterdir():
+            os.chmod(file, 0o666 & ~_umask())
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        os.chmod(made, 0o777 & ~_umask())
+        if os.path.lexists(path):
+            os.rename(path, old)
+        os.rename(made, path)
+    except OSError as problem:
+        raise type(problem)(problem.errno, problem.strerror, str(path)) from problem
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(file.name)
+        if os.path.lexists(old) and not os.path.lexists(path):
+            os.rename(old, path)
+        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    _sync_folder(path.parent)
+
+
+def check_room(path: Path, n_bytes: int) -> None:
+    """OSError (ENOSPC) where the disk that `path` is to lie on has less than `n_bytes` free."""
+    free = shutil.disk_usage(path.parent).free
+    if free < n_bytes:
+        raise OSError(errno.ENOSPC, f"no room for {n_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free", str(path))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -9,7 +9,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from pinfer.ffn import Activity
+from pinfer.ffn import Activity, check_biases, with_bias
+from pinfer.kernels.activation import check_activation
 from pinfer.kernels.ops import glu, input_sparse_matmul, tally_kept
 from pinfer.predictors import InputThreshold
 from pinfer.predictors.input_threshold import KEEP_ALL
@@ -26,6 +27,7 @@ class InputMajorWeights:
 
     All are transposed from the file, at relative RMS errors of `input_error` (the larger of gate's and up's) and
     `down_error` where they had to be requantised. An ungated FFN has its up matrix as `gate` and no `up`.
+    gate_bias, down_bias: float32 [N] and [D] or None, of the gate product and of y.
     """
 
     gate: QuantTensor
@@ -33,12 +35,15 @@ class InputMajorWeights:
     down: QuantTensor
     input_error: float = 0.0
     down_error: float = 0.0
+    gate_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.up is not None and self.up.shape != self.gate.shape:
             raise ValueError(f"up is {self.up.shape}, expected gate's {self.gate.shape} (width, neurons)")
         if self.down.shape != self.gate.shape[::-1]:
             raise ValueError(f"down is {self.down.shape}, expected {self.gate.shape[::-1]} (neurons, width)")
+        check_biases(self.gate_bias, self.down_bias, *self.down.shape)
 
 
 class InputActivity(Activity):
@@ -76,13 +81,17 @@ class InputSparseFFN(nn.Module):
     """The inputs and hidden values above their thresholds (TEAL, Liu et al. 2024): see `predictors.input_threshold`.
 
     Activations meet the weights as they are, in float32, also where `use_int8` rounds them elsewhere.
+    cutoff: FATReLU's, for relu alone.
     """
 
     opens_dense = True  # as of Predictor
 
-    def __init__(self, weights: InputMajorWeights, threshold: InputThreshold, activation: str) -> None:
+    def __init__(
+        self, weights: InputMajorWeights, threshold: InputThreshold, activation: str, cutoff: float = 0.0
+    ) -> None:
         super().__init__()
-        self.weights, self.activation = weights, activation
+        check_activation(activation, cutoff)
+        self.weights, self.activation, self.cutoff = weights, activation, cutoff
         # Called with some tokens, their hidden values and the thresholds of both.
         self.observe: Callable[[torch.Tensor, torch.Tensor, Thresholds], None] | None = None
         self.activity = InputActivity(weights)
@@ -96,14 +105,25 @@ class InputSparseFFN(nn.Module):
 
     def _compute(self, x: torch.Tensor, thresholds: Thresholds) -> torch.Tensor:
         of_inputs, of_hidden = thresholds
-        gate = input_sparse_matmul(x, self.weights.gate, of_inputs)
-        up = None if self.weights.up is None else input_sparse_matmul(x, self.weights.up, of_inputs)
-        hidden = glu(gate, up, activation=self.activation)
+        gate, up = self._products(x, of_inputs)
+        hidden = glu(gate, up, activation=self.activation, gate_bias=self.weights.gate_bias, cutoff=self.cutoff)
         tally_kept(x, of_inputs, self.activity.inputs)
         tally_kept(hidden, of_hidden, self.activity.hidden)
         if self.observe is not None:
             self.observe(x, hidden, thresholds)
-        return input_sparse_matmul(hidden, self.weights.down, of_hidden)
+        return with_bias(input_sparse_matmul(hidden, self.weights.down, of_hidden), self.weights.down_bias)
+
+    def _products(self, x: torch.Tensor, of_inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        gate, up = self.weights.gate, self.weights.up
+        return (
+            input_sparse_matmul(x, gate, of_inputs),
+            None if up is None else input_sparse_matmul(x, up, of_inputs),
+        )
+
+    def products(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Gate products with their bias, and up products, float32 [T, N] each, with no input skipped."""
+        gate, up = self._products(x, self.everything[0])
+        return gate if self.weights.gate_bias is None else gate + self.weights.gate_bias, up
 
     def _tensors(self, of_inputs: float, of_hidden: float) -> Thresholds:
         device = self.weights.gate.device

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
+from torch import nn
 
 from pinfer.config import Method, ModelConfig
 from pinfer.ffn import (
@@ -22,7 +23,7 @@ from pinfer.ffn import (
 from pinfer.input_sparse_ffn import InputMajorWeights, InputSparseFFN
 from pinfer.kernels.activation import CLAMPS_UP, ZERO_BELOW_ZERO
 from pinfer.kernels.transpose import transpose_weights
-from pinfer.models import LayerWalk, Transformer
+from pinfer.models import Experts, LayerWalk, Transformer
 from pinfer.overlap import Lane
 from pinfer.placement import Plan
 from pinfer.predictors import (
@@ -45,9 +46,10 @@ from pinfer.predictors import (
 )
 from pinfer.quant import QuantTensor
 
-# One predictor a layer, made from the layer's number and its dense FFN.
+# One predictor for each of `Transformer.ffns`, made from its number there, which without experts is the layer's, and the
+# dense FFN.
 PredictorMaker = Callable[[int, DenseFFN], Predictor]
-# A layer's `down` as rows [N, D], and the relative RMS error of that.
+# An FFN's `down` as rows [N, D], and the relative RMS error of that.
 DownMaker = Callable[[int, DenseFFN], tuple[QuantTensor, float]]
 # A layer's weights by what they are multiplied with.
 InputMajorMaker = Callable[[int, DenseFFN], InputMajorWeights]
@@ -56,9 +58,11 @@ Progress = Callable[[str], None]
 V = TypeVar("V")
 
 LEAST_SEQUENCES = 4
+LEAST_EXPERT_TOKENS = 16  # an expert that fewer were sent to is fitted on all of its layer's
 # Methods whose predictors are fitted for every sparsity at once, and those that run at none of their own.
 THRESHOLDED: tuple[Method, ...] = ("gate_threshold", "weighted_threshold", "shift_threshold")
 SPARSITY_NEEDED: tuple[Method, ...] = (*THRESHOLDED, "input_threshold")
+OF_EXPERTS: tuple[Method, ...] = ("dense", "exact", "gate_threshold")
 # Of the sequences that low_rank is calibrated on, by number modulo 4: two parts to fit on, one for
 # the threshold, one to report on.
 _FIT, _THRESHOLD, _REPORT = (0, 2), (1,), (3,)
@@ -67,10 +71,12 @@ _FIT, _THRESHOLD, _REPORT = (0, 2), (1,), (3,)
 def resolve_method(method: Method, config: ModelConfig, sparsity: float | None) -> Method:
     """What `auto` means for this model; ValueError where a method cannot work with the other settings."""
     activation, fires = config.activation, config.activation in ZERO_BELOW_ZERO
+    if method not in ("auto", *OF_EXPERTS):
+        config.without_experts(f"method {method}")
     if method == "auto":
         if sparsity is None:
             return "exact" if fires else "dense"
-        if not config.gated:
+        if not config.gated or config.experts:
             return "gate_threshold"
         return "weighted_threshold" if fires else "shift_threshold"
     needs_sparsity = method in SPARSITY_NEEDED or (method == "low_rank" and not fires)
@@ -91,16 +97,23 @@ def resolve_method(method: Method, config: ModelConfig, sparsity: float | None) 
 
 def exact_predictors(layer: int, ffn: DenseFFN) -> Predictor:
     """ExactPredictor for every layer; ValueError unless the model is ReLU-activated."""
-    return ExactPredictor(ffn.gate, ffn.activation)
+    return ExactPredictor(ffn.gate, ffn.activation, **_of_gate(ffn))
+
+
+def _of_gate(ffn: DenseFFN) -> dict[str, Any]:
+    """What predictors take of the gate beside its matrix and its activation."""
+    return {"gate_bias": ffn.gate_bias, "cutoff": ffn.cutoff}
 
 
 def fit_gate_threshold_predictors(
     model: Transformer, sequences: Sequence[torch.Tensor], progress: Progress = lambda _: None
 ) -> list[GateThreshold]:
     """GateThreshold for every layer of a dense model, from its own inputs on sequences int64 [T], to be set by density."""
-    return _fit_layers(
-        model, sequences, lambda ffn, inputs: fit_gate_threshold(ffn.gate, ffn.activation, _later(inputs)), progress
-    )
+
+    def fit(ffn: DenseFFN, inputs: list[torch.Tensor]) -> GateThreshold:
+        return fit_gate_threshold(ffn.gate, ffn.activation, _later(inputs), **_of_gate(ffn))
+
+    return _fit_layers(model, sequences, fit, progress)
 
 
 def fit_weighted_predictors(
@@ -111,7 +124,7 @@ def fit_weighted_predictors(
     def fit(ffn: DenseFFN, inputs: list[torch.Tensor]) -> WeightedThreshold:
         if ffn.up is None:
             raise ValueError("this model's FFN has no gate to rank neurons by: try exact or low_rank")
-        matrices = FFNMatrices(ffn.gate, ffn.up, ffn.down, ffn.activation)
+        matrices = FFNMatrices(ffn.gate, ffn.up, ffn.down, ffn.activation, **_of_gate(ffn))
         return fit_weighted_threshold(matrices, _later(inputs), shifted=shifted)
 
     return _fit_layers(model, sequences, fit, progress)
@@ -121,12 +134,11 @@ def fit_input_thresholds(
     model: Transformer, sequences: Sequence[torch.Tensor], sparsity: float, progress: Progress = lambda _: None
 ) -> list[InputThreshold]:
     """InputThreshold for every layer, as `fit_gate_threshold_predictors`."""
-    return _fit_layers(
-        model,
-        sequences,
-        lambda ffn, inputs: fit_input_threshold(_later(inputs), ffn.gate, ffn.up, ffn.activation, sparsity),
-        progress,
-    )
+
+    def fit(ffn: DenseFFN, inputs: list[torch.Tensor]) -> InputThreshold:
+        return fit_input_threshold(_later(inputs), ffn.gate, ffn.up, ffn.activation, sparsity, **_of_gate(ffn))
+
+    return _fit_layers(model, sequences, fit, progress)
 
 
 def fit_low_rank_predictors(
@@ -146,7 +158,7 @@ def fit_low_rank_predictors(
             torch.cat([x for i, x in enumerate(inputs) if i % 4 in _FIT]),
             *(_later([x for i, x in enumerate(inputs) if i % 4 in part]) for part in (_THRESHOLD, _REPORT)),
         )
-        return fit_low_rank(ffn.gate, ffn.activation, parts, settings)
+        return fit_low_rank(ffn.gate, ffn.activation, parts, settings, **_of_gate(ffn))
 
     _check_count("low_rank", sequences)
     return _fit_layers(model, sequences, fit, progress)
@@ -165,7 +177,7 @@ def fit_sign_predictors(
         seen, held_out = (
             _later([x for i, x in enumerate(inputs) if (i % 4 in _REPORT) == report]) for report in (False, True)
         )
-        return fit_sign_bits(ffn.gate, ffn.activation, seen, held_out, recall)
+        return fit_sign_bits(ffn.gate, ffn.activation, seen, held_out, recall, **_of_gate(ffn))
 
     _check_count("sign_bits", sequences)
     return _fit_layers(model, sequences, fit, progress)
@@ -195,12 +207,14 @@ def _fit_layers(
     if any(len(tokens) < 2 for tokens in sequences):
         raise ValueError("calibration needs sequences of at least 2 tokens")
     fitted = []
-    for layer, (ffn, inputs) in enumerate(ffn_inputs(model, sequences), 1):
+    n_ffns = len(model.ffns())
+    for number, (ffn, inputs) in enumerate(ffn_inputs(model, sequences)):
+        layer = number * model.config.n_layers // n_ffns + 1
         progress(f"fitting predictors, layer {layer} of {model.config.n_layers}")
         try:
             fitted.append(fit(ffn, inputs))
         except ValueError as problem:
-            raise ValueError(f"layer {layer - 1}: {problem}") from problem
+            raise ValueError(f"{model.ffn_name(number)}: {problem}") from problem
     return fitted
 
 
@@ -210,20 +224,35 @@ def fitted_predictors(fitted: Sequence[Predictor]) -> PredictorMaker:
 
 
 def ffn_inputs(model: Transformer, sequences: Sequence[torch.Tensor]) -> Iterator[tuple[DenseFFN, list[torch.Tensor]]]:
-    """Per layer of a dense model, its FFN and that FFN's inputs float32 [T, D] for each sequence int64 [T].
+    """Every FFN of a dense model, in order, with its inputs float32 [T, D] for each sequence int64 [T].
 
-    The sequences go through the layers side by side, so that one layer's inputs are held at a time.
+    The sequences go through the layers side by side, so that one layer's inputs are held at a time. An expert's are
+    those of the tokens that are sent to it, and of the first of each sequence.
     """
     walk = LayerWalk(model, sequences)
-    for block in model.blocks:
+    for block in model.layers:
         seen: list[torch.Tensor] = []
-        ffn = cast(DenseFFN, block.ffn)
-        hook = ffn.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        hook = block.ffn.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
         try:
             walk.advance()
         finally:
             hook.remove()
-        yield ffn, seen
+        if isinstance(block.ffn, Experts):
+            yield from _expert_inputs(block.ffn, seen)
+        else:
+            yield cast(DenseFFN, block.ffn), seen
+
+
+def _expert_inputs(experts: Experts, seen: list[torch.Tensor]) -> Iterator[tuple[DenseFFN, list[torch.Tensor]]]:
+    """Of a layer's inputs [T, D] by sequence, each expert's: of too few tokens, all, as if they had been sent to it."""
+    chosen = [experts.routed(x)[1] for x in seen]
+    for number, ffn in enumerate(experts.ffns):
+        sent = [(to == number).any(1) for to in chosen]
+        if sum(int(one[1:].sum()) for one in sent) < LEAST_EXPERT_TOKENS:
+            sent = [torch.ones_like(one) for one in sent]
+        for one in sent:
+            one[0] = True  # a first token is left out by those who fit
+        yield cast(DenseFFN, ffn), [x[one] for x, one in zip(seen, sent, strict=True)]
 
 
 def _check_dense(model: Transformer) -> None:
@@ -249,20 +278,25 @@ def sparsify(
 
     `downs` gives `down` as neuron-major rows. A layer whose neurons are all hot or all cold keeps its weights as they
     are; of one that is split, the shards are copies, and `release` is told of each matrix they were copied from. `lane`
-    runs the cold shards. Returns the same model, all of it still where it was.
+    runs the cold shards. Returns the same model, all of it still where it was. ValueError for a plan of experts.
     """
-    for layer, block in enumerate(model.blocks):
-        dense = block.ffn
+    if plan is not None:
+        model.config.without_experts("a plan")
+
+    def replaced(number: int, dense: nn.Module) -> nn.Module:
         if not isinstance(dense, DenseFFN):
-            raise ValueError(f"layer {layer} is not dense: it has a {type(dense).__name__}")
-        weights = FFNWeights(dense.gate, dense.up, *downs(layer, dense))
-        sparse = SparseFFN(weights, predictors(layer, dense), dense.activation)
-        if plan is None or plan.layers[layer].n_hot in (0, weights.n_neurons):
-            block.ffn = sparse
-            continue
-        block.ffn = _hybrid(sparse, plan, layer, lane)
+            raise ValueError(f"{model.ffn_name(number)} is not dense: it has a {type(dense).__name__}")
+        down, error = downs(number, dense)
+        weights = FFNWeights(dense.gate, dense.up, down, error, dense.gate_bias, dense.down_bias)
+        sparse = SparseFFN(weights, predictors(number, dense), dense.activation, dense.cutoff)
+        if plan is None or plan.layers[number].n_hot in (0, weights.n_neurons):
+            return sparse
+        hybrid = _hybrid(sparse, plan, number, lane)
         for weight in filter(None, (weights.gate, weights.up, weights.down)):
             release(weight)
+        return hybrid
+
+    model.replace_ffns(replaced)
     return model
 
 
@@ -271,18 +305,23 @@ def input_major(layer: int, ffn: DenseFFN) -> InputMajorWeights:
     gate, gate_error = transpose_weights(ffn.gate)
     up, up_error = (None, 0.0) if ffn.up is None else transpose_weights(ffn.up)
     down, down_error = transpose_weights(ffn.down)
-    return InputMajorWeights(gate, up, down, max(gate_error, up_error), down_error)
+    errors = (max(gate_error, up_error), down_error)
+    return InputMajorWeights(gate, up, down, *errors, ffn.gate_bias, ffn.down_bias)
 
 
 def sparsify_inputs(
     model: Transformer, thresholds: Sequence[InputThreshold], weights: InputMajorMaker = input_major
 ) -> Transformer:
-    """Replace every DenseFFN in place by an InputSparseFFN, thresholds one a layer. Returns the same model."""
+    """Replace every DenseFFN in place by an InputSparseFFN, thresholds one a layer. Returns the same model.
+
+    ValueError for a model with experts.
+    """
+    model.config.without_experts("method input_threshold")
     for layer, block in enumerate(model.blocks):
         dense = block.ffn
         if not isinstance(dense, DenseFFN):
             raise ValueError(f"layer {layer} is not dense: it has a {type(dense).__name__}")
-        block.ffn = InputSparseFFN(weights(layer, dense), thresholds[layer], dense.activation)
+        block.ffn = InputSparseFFN(weights(layer, dense), thresholds[layer], dense.activation, dense.cutoff)
     return model
 
 
@@ -311,7 +350,10 @@ def predictor_qualities(model: Transformer) -> list[PredictorQuality]:
 
 @dataclass(frozen=True)
 class LayerDensity:
-    """Neurons computed in one layer, as a share of its N, since the last reset; or their worth (see InputActivity)."""
+    """Neurons computed in one layer, as a share of its N, since the last reset; or their worth (see InputActivity).
+
+    Of a layer with experts N is one expert's, and a token counts for each expert that it was sent to.
+    """
 
     layer: int
     active: float
@@ -326,12 +368,15 @@ class LayerDensity:
 def layer_densities(model: Transformer) -> list[LayerDensity]:
     """Per layer, what was computed since `reset_activity`; empty for a dense model."""
     densities = []
-    for layer, ffn in enumerate(model.ffns()):
-        parts = [part.activity for part in _parts(ffn)]
+    for layer, block in enumerate(model.layers):
+        parts = [part.activity for part in _parts(block.ffn)]
         if parts:
             active = sum(float(part.active) for part in parts)
-            neurons = sum(part.n_neurons for part in parts)
-            densities.append(LayerDensity(layer, active, parts[0].tokens, neurons))
+            if isinstance(block.ffn, Experts):
+                tokens, neurons = sum(part.tokens for part in parts), parts[0].n_neurons
+            else:
+                tokens, neurons = parts[0].tokens, sum(part.n_neurons for part in parts)
+            densities.append(LayerDensity(layer, active, tokens, neurons))
     return densities
 
 
@@ -350,7 +395,9 @@ def activities(model: Transformer) -> list[Activity]:
 def predictor_bytes(model: Transformer) -> int:
     """Bytes of the predictors' own weights, which every token reads."""
     predictors = {id(shard.predictor): shard.predictor for ffn in model.ffns() for shard in _shards(ffn)}
-    return sum(one.own_bytes for one in predictors.values())
+    whole = sum(one.own_bytes for one in predictors.values())
+    experts = model.config.experts
+    return whole if experts is None else whole * experts.used // experts.count
 
 
 def reset_activity(model: Transformer) -> None:

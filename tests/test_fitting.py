@@ -43,7 +43,7 @@ def solved_for(path: Path, method: Method, directory: Path) -> Solved:
     with dense.computing():
         sequences = sequences_to_fit_on(method, dense.tokenizer, TEXT, dense.config.context_length)
         fitted = fit_predictors(dense.model, how, sequences)
-    solved = Solved.open_or_create(directory, dense.gguf)
+    solved = Solved.open_or_create(directory, dense.file)
     with solved.lock():
         keep_predictors(solved, fitted, method, {}, {})
     return solved

@@ -191,12 +191,12 @@ def test_vector_refuses_values_that_are_not_finite(tmp_path: Path, value: float)
 
 def test_tensor_and_vector_name_what_does_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
-    tensors = [tensor("m", [2, 3]), tensor("c", [2, 3, 4], offset=32), tensor("q", [32], 8, 128)]
+    tensors = [tensor("m", [2, 3]), tensor("c", [2, 3, 2, 2], offset=32), tensor("q", [32], 8, 128)]
     path.write_bytes(raw_gguf([], tensors, bytes(162)))
     file = GGUFFile.open(path)
     for call, words in (
         (lambda: file.tensor("x"), "tensor 'x' is missing"),
-        (lambda: file.tensor("c"), r"tensor 'c' has shape \[4, 3, 2\]"),
+        (lambda: file.tensor("c"), r"tensor 'c' has shape \[2, 2, 3, 2\]"),
         (lambda: file.vector("m"), r"tensor 'm' is F32 \[3, 2\]"),
         (lambda: file.vector("q"), r"tensor 'q' is Q8_0 \[32\]"),
     ):

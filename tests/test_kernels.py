@@ -209,6 +209,17 @@ WRONG_INPUTS: list[tuple[Op, dict[str, Any]]] = [
     (ops.sparse_ffn, {"up": QuantTensor.from_dense(torch.zeros(23, 5))}),
     (ops.sparse_ffn, {"activation": "swish"}),
     (ops.sparse_ffn, {"active": Active(torch.arange(50, dtype=torch.int32), torch.full((1,), 50, dtype=torch.int32))}),
+    (ops.sparse_ffn, {"gate_bias": torch.zeros(3)}),
+    (ops.sparse_ffn, {"cutoff": 0.1}),
+    (ops.glu, {"gate_bias": torch.zeros(3)}),
+    (ops.glu, {"activation": "relu", "cutoff": -1.0}),
+    (ops.threshold_matmul, {"gate_bias": torch.zeros(37, dtype=torch.float64)}),
+    (ops.threshold_matmul, {"magnitude_of": "silu", "cutoff": 0.1}),
+    (ops.quant_matmul, {"bias": torch.zeros(3)}),
+    (ops.layer_norm, {"bias": torch.zeros(3)}),
+    (ops.layer_norm, {"x": torch.zeros(1, 8)}),
+    (ops.softcap, {"cap": 0.0}),
+    (ops.attention, {"softcap": -1.0}),
     (ops.tally, {"totals": torch.zeros(4, dtype=torch.int64)[::2]}),
     (ops.tally_kept, {"x": torch.zeros(5)}),
     (ops.tally_kept, {"threshold": torch.zeros(2)}),
@@ -229,7 +240,7 @@ def test_inputs_that_do_not_belong_together_are_refused(
     if backend == "cpu" and core_problem():
         pytest.skip(f"no CPU core: {core_problem()}")
     inputs = op.make_inputs(generator, **op.cases[0]) | wrong
-    with pytest.raises(ValueError, match=r"expected|must be|none of|rows|pass the table|do not fit"):
+    with pytest.raises(ValueError, match=r"expected|must be|none of|rows|pass the table|do not fit|no meaning"):
         op.implementation(backend)(**inputs)
 
 

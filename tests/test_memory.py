@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from pinfer.engine.load import SHIPPED_MODEL
 from pinfer.formats.gguf import GGUFFile
 from pinfer.formats.model_config import model_config
+from pinfer.formats.type_mix import MIXES, TYPES
 from pinfer.models.layers import KVCache
 from pinfer.placement import Hardware, LayerPlan, LayerShape, ModelShape, Plan
 from pinfer.placement.memory import Reserves, capacity, check_plan, fixed_items, memory
 from pinfer.placement.problem import Problem, layer_time
-from pinfer.placement.published import MIXES, PUBLISHED, TYPES, predictor_shape, published_shape
+from pinfer.placement.published import PUBLISHED, predictor_shape, published_shape
 from pinfer.placement.shape import PredictorShape
 from pinfer.placement.skew import measured_rates
 from pinfer.placement.statistics import QUANTILES, LayerStatistics

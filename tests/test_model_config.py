@@ -189,9 +189,32 @@ BAD_KEYS: dict[str, tuple[Keys, str]] = {
     "rope base NaN": ({"llama.rope.freq_base": f(float("nan"))}, "'llama.rope.freq_base' must be finite"),
     "rope odd": ({"llama.rope.dimension_count": u(3)}, "'llama.rope.dimension_count' is 3"),
     "rope too wide": ({"llama.rope.dimension_count": u(6)}, "'llama.rope.dimension_count' is 6"),
-    "YaRN": ({"llama.rope.scaling.type": s("yarn")}, "'llama.rope.scaling.type' is 'yarn', which is not supported yet"),
+    "scaling": (
+        {"llama.rope.scaling.type": s("ntk")},
+        "'llama.rope.scaling.type' is 'ntk', which is not supported yet",
+    ),
+    "part of YaRN": (
+        {"llama.rope.scaling.type": s("yarn"), "llama.rope.scaling.yarn_ext_factor": f(0.5)},
+        "'llama.rope.scaling.yarn_ext_factor' is 0.5",
+    ),
+    "YaRN's bounds": (
+        {"llama.rope.scaling.type": s("yarn"), "llama.rope.scaling.yarn_beta_fast": f(0.5)},
+        "'llama.rope.scaling.yarn_beta_fast' is 0.5, which must not be below beta_slow, 1",
+    ),
+    "YaRN's base": (
+        {"llama.rope.scaling.type": s("yarn"), "llama.rope.freq_base": f(1.0)},
+        "metadata of llama: YaRN needs a base above 1",
+    ),
     "factor 0": ({"llama.rope.scaling.factor": f(0.0)}, "'llama.rope.scaling.factor' must be finite"),
-    "experts": ({"llama.expert_count": u(8)}, "'llama.expert_count' is 8: mixture of experts is not supported yet"),
+    "experts": ({"llama.expert_count": u(8)}, "'llama.expert_used_count' is missing"),
+    "experts used": (
+        {"llama.expert_count": u(8), "llama.expert_used_count": u(9)},
+        "'llama.expert_used_count' is 9, of 8 experts",
+    ),
+    "shared experts": ({"llama.expert_shared_count": u(1)}, "'llama.expert_shared_count' is 1: experts that every"),
+    "cutoff": ({"llama.hidden_activation_cutoff": f(-0.1)}, "'llama.hidden_activation_cutoff' must be finite and at"),
+    "cutoff without ReLU": ({"llama.hidden_activation_cutoff": f(0.5)}, "metadata of llama: cutoff 0.5 has no meaning"),
+    "attention scale": ({"llama.attention.scale": f(-1.0)}, "'llama.attention.scale' must be finite and at least 0"),
     "softcap": ({"llama.final_logit_softcapping": f(30.0)}, "'llama.final_logit_softcapping' is 30.0"),
     "value width": ({"llama.attention.value_length": u(2)}, "'llama.attention.value_length' is 2"),
     "activation": ({"llama.hidden_activation": s("mish")}, "'llama.hidden_activation' is 'mish'"),
@@ -226,7 +249,7 @@ def test_missing_or_misshapen_tensor_is_named(tmp_path: Path, name: str) -> None
 
 
 def test_unexpected_tensors_are_refused(tmp_path: Path) -> None:
-    for name in ("blk.0.attn_q.bias", "blk.2.attn_norm.weight"):
+    for name in ("blk.0.ffn_up.bias", "blk.0.attn_q_norm.weight", "blk.2.attn_norm.weight"):
         file = write_model(tmp_path / "m.gguf", LLAMA_KEYS, LLAMA_SHAPES | {name: (8,)})
         with pytest.raises(FormatError, match=f"tensor '{name}' is not supported yet for llama"):
             check_tensors(file, model_config(file))

@@ -20,8 +20,9 @@ import torch
 
 from pinfer.config import RunConfig
 from pinfer.engine import Engine, fitting, load_engine, prepared
-from pinfer.engine.mapped import fingerprint, release_pages
+from pinfer.engine.mapped import fingerprint
 from pinfer.formats.gguf import GGUFFile
+from pinfer.formats.pages import release_pages
 from pinfer.kernels.transpose import transpose_weights
 from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
 
@@ -142,7 +143,7 @@ def test_gate_and_up_are_transposed_at_each_start(
     assert torch.equal(first, logits(engine))
     assert torch.equal(first, in_memory(model, monkeypatch, **run))
     for layer, ffn in enumerate(engine.model.ffns()):
-        sources = [engine.gguf.tensor(f"blk.{layer}.ffn_{name}.weight") for name in ("gate", "up", "down")]
+        sources = [engine.file.tensor(f"blk.{layer}.ffn_{name}.weight") for name in ("gate", "up", "down")]
         expected = [transpose_weights(source) for source in sources]
         found = (ffn.weights.gate, ffn.weights.up, ffn.weights.down)
         assert all(torch.equal(one.blocks, turned.blocks) for one, (turned, _) in zip(found, expected, strict=True))

@@ -66,7 +66,7 @@ def load(path: Path | None, **settings: Any) -> Engine:
 
 def run_profile(engine: Engine, folder: Path, watcher: Watcher | None = None, text: Text = TEXT, n: int = TOKENS):
     sequences = cut(engine.tokenizer, text, n, engine.model.context)
-    return profile(engine, Solved.open_or_create(folder, engine.gguf), text, sequences, watcher)
+    return profile(engine, Solved.open_or_create(folder, engine.file), text, sequences, watcher)
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -204,7 +204,7 @@ def test_the_fewest_neurons_that_hold_a_share() -> None:
 def test_norms_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight_type: str) -> None:
     monkeypatch.setattr(norms, "CHUNK_WEIGHTS", 96 * 5)  # 64 rows: chunks that do not divide them
     engine = load(write_tiny_llama(tmp_path / "m.gguf", weight_type=weight_type))
-    down = engine.gguf.tensor("blk.1.ffn_down.weight")
+    down = engine.file.tensor("blk.1.ffn_down.weight")
     torch.testing.assert_close(norms.column_norms(down), dequantize(down).norm(dim=0))
     torch.testing.assert_close(norms.row_norms(down), dequantize(down).norm(dim=1))
 

@@ -51,7 +51,7 @@ def predictors_of(engine: Engine) -> list[Predictor] | None:
 
 
 def test_the_shape_holds_what_the_loaded_model_does(engine: Engine) -> None:
-    shape = model_shape(engine.gguf, engine.config, engine.method, predictors_of(engine))
+    shape = model_shape(engine.file, engine.config, engine.method, predictors_of(engine))
     for layer, block in zip(shape.layers, engine.model.blocks, strict=True):
         ffn = layer.neuron_bytes * layer.n_neurons + layer.shared_bytes + layer.compensation_bytes
         rest = layer.attention_bytes
@@ -69,10 +69,10 @@ def test_the_shape_holds_what_the_loaded_model_does(engine: Engine) -> None:
 def test_most_methods_are_known_before_they_are_fitted(engine: Engine) -> None:
     if engine.method in ("sign_bits", "low_rank"):
         with pytest.raises(ValueError, match="name a solved directory"):
-            model_shape(engine.gguf, engine.config, engine.method)
+            model_shape(engine.file, engine.config, engine.method)
         return
     before, after = (
-        model_shape(engine.gguf, engine.config, engine.method, found) for found in (None, predictors_of(engine))
+        model_shape(engine.file, engine.config, engine.method, found) for found in (None, predictors_of(engine))
     )
     assert before == after
 
@@ -80,7 +80,7 @@ def test_most_methods_are_known_before_they_are_fitted(engine: Engine) -> None:
 @pytest.mark.parametrize("layout", ["blocks", "planes"])
 def test_neurons_of_a_split_layer_weigh_what_their_shards_hold(tmp_path: Path, layout: Layout) -> None:
     whole = loaded(tmp_path, "llama", "Q4_0", {"method": "exact"})
-    shape = model_shape(whole.gguf, whole.config, "exact", predictors_of(whole), rearranged=layout == "planes")
+    shape = model_shape(whole.file, whole.config, "exact", predictors_of(whole), rearranged=layout == "planes")
     split = load_engine(RunConfig(model=str(whole.path), method="exact", cold_fraction=0.25))
     if layout == "planes":
         replace_weights(split.model, repack)
@@ -94,9 +94,9 @@ def test_neurons_of_a_split_layer_weigh_what_their_shards_hold(tmp_path: Path, l
 
 def test_a_gate_that_predicts_is_read_by_every_token(tmp_path: Path) -> None:
     engine = loaded(tmp_path, "llama", "Q8_0", {"method": "exact"})
-    layer = model_shape(engine.gguf, engine.config, "exact").layers[0]
+    layer = model_shape(engine.file, engine.config, "exact").layers[0]
     d = engine.config.d_model
     assert (layer.always_bytes, layer.active_bytes) == (34 * d // 32, 2 * 34 * d // 32)
-    dense = model_shape(engine.gguf, engine.config, "dense").layers[0]
+    dense = model_shape(engine.file, engine.config, "dense").layers[0]
     assert dense.active_bytes == 0
     assert torch.tensor(dense.always_bytes) == dense.neuron_bytes

@@ -127,5 +127,5 @@ def test_its_predictors_keep_the_quality_they_were_calibrated_to() -> None:
     assert neurons.over_prediction is not None
     assert neurons.over_prediction < 1.3
     assert neurons.weighted_recall > 0.92
-    ffn_bytes = sum(info.nbytes for name, info in engine.gguf.tensors.items() if ".ffn_" in name and "norm" not in name)
+    ffn_bytes = sum(info.nbytes for name, info in engine.file.tensors.items() if ".ffn_" in name and "norm" not in name)
     assert 0 < sparsify.predictor_bytes(engine.model) < 0.05 * ffn_bytes

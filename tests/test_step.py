@@ -11,9 +11,11 @@ from pinfer import sparsify
 from pinfer.config import RunConfig
 from pinfer.engine import Engine, load_engine
 from pinfer.engine.step import DecodeStep
-from pinfer.kernels import ops
+from pinfer.kernels import cases, ops
 from pinfer.kernels.cpp import core_problem
+from pinfer.kernels.cpp.program import record
 from pinfer.kernels.registry import use_int8
+from pinfer.quant import BY_NAME
 from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
 
 pytestmark = pytest.mark.skipif(core_problem() is not None, reason=f"no CPU core: {core_problem()}")
@@ -154,6 +156,40 @@ def test_a_model_with_hooks_is_not_recorded_and_its_hooks_see_every_token(tmp_pa
             step(token)
     assert len(seen) == len(TOKENS)
     assert "hooks" in str(step.reason)
+
+
+def test_a_module_that_branches_on_values_says_so_and_is_not_recorded(tmp_path: Path) -> None:
+    engine = engine_for(write_tiny_llama(tmp_path / "m.gguf"), method="dense")
+    inner = engine.model.blocks[1].ffn
+
+    class Branching(torch.nn.Module):
+        data_dependent = True
+
+        def forward(self, x: torch.Tensor, residual: torch.Tensor, opens: bool = False) -> torch.Tensor:
+            y = inner(x, residual)
+            return y if float(x[0, 0]) > 0 else ops.add(y, y)
+
+    engine.model.blocks[1].ffn = Branching()
+    step = step_that_follows_the_model(engine)
+    assert not step.recorded
+    assert "by values" in str(step.reason)
+
+
+def test_ops_of_other_families_are_recorded() -> None:
+    x = torch.randn(1, 64)
+    weight, bias = torch.randn(64), torch.randn(64)
+    matrix = cases.random_blocks(torch.Generator().manual_seed(1), BY_NAME["Q8_0"], 64, 64)
+
+    def compute() -> torch.Tensor:
+        normed = ops.layer_norm(x, weight, bias, eps=1e-5, residual=x)
+        return ops.softcap(ops.quant_matmul(normed, matrix, bias), 0.5)
+
+    with record(1) as program:
+        out = compute()
+    assert len(program) == 3
+    x.copy_(torch.randn(1, 64))
+    program.run()
+    assert torch.equal(out, compute())
 
 
 def test_other_conditions_record_anew(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from pinfer.engine import load_engine
 from pinfer.formats.gguf import GGUFFile
 from pinfer.formats.model_config import check_tensors, model_config
 from pinfer.formats.tokenizer import load_tokenizer
+from pinfer.formats.type_mix import TYPES
 from pinfer.kernels.ops import dequantize, quant_matmul
 from pinfer.models import KVCache
-from pinfer.placement.published import TYPES
 from pinfer.quant import BY_NAME, F32, Q4_K, Q5_K, Q6_K
 
 CASES = [(density, skew) for density in (0.1, 0.3) for skew in ("powerlaw", "uniform")]

@@ -17,7 +17,7 @@ import torch
 from experiments.synthetic.build import GATE_SPREAD, Builder, LayerReport
 from experiments.synthetic.recipe import SHAPES, Recipe, default_vocab
 from experiments.synthetic.sink import GGUFSink
-from pinfer.placement.published import TYPES
+from pinfer.formats.type_mix import TYPES
 
 PROGRAM = "experiments.synthetic"
 

@@ -21,7 +21,7 @@ from pinfer.config import Method, RunConfig
 from pinfer.engine import SHIPPED_MODEL
 from pinfer.engine.load import what_to_run
 from pinfer.engine.text import CALIBRATION_TEXT
-from pinfer.formats.gguf import GGUFFile
+from pinfer.formats import ModelFile, open_model
 from pinfer.formats.model_config import check_tensors, model_config
 from pinfer.formats.tokenizer import load_tokenizer
 from pinfer.kernels.cpp import CoreError, core_problem
@@ -121,9 +121,9 @@ def run_benchmark(settings: Settings, tell: Callable[[str], None] = lambda _: No
 def _subject(settings: Settings) -> _Subject:
     run = settings.run
     path = SHIPPED_MODEL if run.model is None else Path(run.model)
-    gguf = GGUFFile.open(path)
-    config = model_config(gguf)
-    check_tensors(gguf, config)
+    file = open_model(path)
+    config = model_config(file)
+    check_tensors(file, config)
     limits = {"-p": config.context_length - 1, "-n": config.context_length - 1 - OPENING_TOKENS}
     for name, value in (("-p", settings.prompt_tokens), ("-n", settings.decode_tokens)):
         if value > limits[name]:
@@ -132,15 +132,15 @@ def _subject(settings: Settings) -> _Subject:
                 f"at most {max(0, limits[name])}"
             )
     config = dataclasses.replace(config, activation=run.activation or config.activation)
-    method, _ = what_to_run(run, config, gguf)
-    return _Subject(path, method, StepBytes.of(gguf), _tokens(gguf, settings.context))
+    method, _ = what_to_run(run, config, file)
+    return _Subject(path, method, StepBytes.of(file), _tokens(file, settings.context))
 
 
-def _tokens(gguf: GGUFFile, length: int) -> list[int]:
+def _tokens(file: ModelFile, length: int) -> list[int]:
     """Ids of English text, the same for every contestant, repeated where it is too short."""
     text = CALIBRATION_TEXT.read_text(encoding="utf-8")
     start = text.index(" ", len(text) // 8)  # calibration reads the beginning of each quarter
-    ids = load_tokenizer(gguf.metadata).encode(text[start : start + CHARACTERS_PER_TOKEN * length])
+    ids = load_tokenizer(file.metadata).encode(text[start : start + CHARACTERS_PER_TOKEN * length])
     return list(itertools.islice(itertools.cycle(ids), length))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pinfer.formats.gguf import GGUFFile
+from pinfer.formats import ModelFile
+from pinfer.formats.model_config import model_config
 
 WHOLE_GATE = ("exact", "gate_threshold")  # methods that compute every neuron's gate to predict with
 
@@ -14,8 +15,9 @@ class StepBytes:
     """Bytes of a model's matrices as they lie in the file.
 
     gate is what predictors read (the up matrix of an ungated FFN), rest the FFN's other matrices,
-    other all else: attention and the head. An embedding that is not the head as well does not
-    count: a step reads one row of it.
+    other all else: attention, the head, a router of experts. An embedding that is not the head as well
+    does not count, nor do learned positions: a step reads one row of them. Of experts those count that
+    a token is sent to.
     """
 
     other: int
@@ -23,13 +25,19 @@ class StepBytes:
     rest: int
 
     @classmethod
-    def of(cls, gguf: GGUFFile) -> StepBytes:
-        matrices = {name: info.nbytes for name, info in gguf.tensors.items() if len(info.shape) > 1}
+    def of(cls, file: ModelFile) -> StepBytes:
+        experts = model_config(file).experts
+        matrices = {name: info.nbytes for name, info in file.tensors.items() if len(info.shape) > 1}
+        matrices.pop("position_embd.weight", None)
         if "output.weight" in matrices:
             matrices.pop("token_embd.weight", None)
-        gated = any(".ffn_gate." in name for name in matrices)
-        gate = sum(size for name, size in matrices.items() if (".ffn_gate." if gated else ".ffn_up.") in name)
-        ffn = sum(size for name, size in matrices.items() if ".ffn_" in name)
+        if experts is not None:
+            stacked = (name for name, info in file.tensors.items() if len(info.shape) == 3)
+            matrices |= {name: matrices[name] * experts.used // experts.count for name in stacked}
+        parts = {name: name.split(".")[-2].removesuffix("_exps") for name in matrices}
+        predicting = "ffn_gate" if "ffn_gate" in parts.values() else "ffn_up"
+        gate = sum(size for name, size in matrices.items() if parts[name] == predicting)
+        ffn = sum(size for name, size in matrices.items() if parts[name] in ("ffn_gate", "ffn_up", "ffn_down"))
         return cls(sum(matrices.values()) - ffn, gate, ffn - gate)
 
     @property

@@ -152,7 +152,7 @@ def _engines(run: RunConfig) -> tuple[RunConfig, Engine, Engine | None]:
     """
     on_cpu = dataclasses.replace(run.densely(), device="cpu", gpu_layers=None, gpu_memory_gb=None)
     dense = load_engine(on_cpu, note)
-    run = dataclasses.replace(run, method=what_to_run(run, dense.config, dense.gguf)[0])
+    run = dataclasses.replace(run, method=what_to_run(run, dense.config, dense.file)[0])
     if run.method != "dense" or run.cold_fraction:  # `load_engine` refuses a cold fraction of a dense run
         return run, dense, load_engine(run, note)
     asks_for_gpu = any(asked is not None for asked in (run.plan, run.gpu_layers, run.gpu_memory_gb))
@@ -189,7 +189,7 @@ def _about(run: RunConfig, engine: Engine, passage: _Text) -> dict[str, Any]:
     return {
         "command": "eval",
         "model": engine.path.name if run.model is None else run.model,
-        "model_fingerprint": fingerprint(engine.gguf, timed=False),
+        "model_fingerprint": fingerprint(engine.file, timed=False),
         "method": run.method,
         "config": config | {"threads": torch.get_num_threads(), "int8": engine.int8},
         "text": passage.name,

@@ -20,7 +20,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import typer
 
 import pinfer
-from pinfer.cli import bench, doctor, evaluate, generate, inspect, plan, profile, solve, tokenize, train
+from pinfer.cli import (
+    bench,
+    convert,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    plan,
+    profile,
+    quantize,
+    solve,
+    tokenize,
+    train,
+)
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -35,11 +48,13 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("main", hidden=True, help="Same as generate.")(generate.generate)
 app.command("bench")(bench.bench)
+app.command("convert")(convert.convert_command)
 app.command("doctor")(doctor.doctor)
 app.command("eval")(evaluate.evaluate_command)
 app.command("inspect")(inspect.inspect)
 app.command("plan")(plan.plan_command)
 app.command("profile")(profile.profile_command)
+app.command("quantize")(quantize.quantize_command)
 app.command("solve")(solve.solve_command)
 app.command("tokenize")(tokenize.tokenize)
 app.command("train")(train.train_command)

@@ -19,7 +19,7 @@ from pinfer.engine.fitting import kept_densities, kept_predictors
 from pinfer.engine.load import what_to_run
 from pinfer.engine.shape import READS_ALL, READS_GATE, model_shape
 from pinfer.engine.solved import ACTIVATIONS, Solved
-from pinfer.formats.gguf import GGUFFile
+from pinfer.formats import open_model
 from pinfer.formats.model_config import check_tensors, model_config
 from pinfer.kernels.activation import ZERO_BELOW_ZERO
 from pinfer.models import build_model
@@ -125,22 +125,22 @@ def _published(options: SubjectOptions, default_over: float) -> Subject:
 def _of_file(options: SubjectOptions, default_over: float) -> Subject:
     path = Path(options.model) if options.model else SHIPPED_MODEL
     named = options.predictor_path or (None if options.model else str(SHIPPED_PREDICTORS))
-    gguf = GGUFFile.open(path)
-    config = model_config(gguf)
-    check_tensors(gguf, config)
-    solved = None if named is None else Solved.open(named, gguf)
+    file = open_model(path)
+    config = model_config(file)
+    check_tensors(file, config)
+    solved = None if named is None else Solved.open(named, file)
     predictors = densities = None
     if named is not None and solved is not None and PREDICTORS in solved.stages:
-        method, _ = what_to_run(RunConfig(model=str(path), predictor_path=named, method=options.method), config, gguf)
-        predictors, densities = kept_predictors(solved, build_model(gguf, config, 1)), kept_densities(solved)
+        method, _ = what_to_run(RunConfig(model=str(path), predictor_path=named, method=options.method), config, file)
+        predictors, densities = kept_predictors(solved, build_model(file, config, 1)), kept_densities(solved)
     else:
         method = _method(options, config)
-    shape = model_shape(gguf, config, method, predictors)
+    shape = model_shape(file, config, method, predictors)
     over = options.over_prediction or (1.0 if method in READS_GATE or densities else default_over)
     if densities is not None and options.density is None:
         options = dataclasses.replace(options, density=sum(densities) / len(densities))
     rates, said = _rates(options, over, shape, solved)
-    return Subject(shape, model_shape(gguf, config, "dense"), rates, said, config.context_length)
+    return Subject(shape, model_shape(file, config, "dense"), rates, said, config.context_length)
 
 
 def _method(options: SubjectOptions, config: ModelConfig) -> Method:

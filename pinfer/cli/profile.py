@@ -56,7 +56,7 @@ def profile_command(
     if dry_run:
         _tell(estimate_profile(engine, sequences), json)
         return
-    solved = Solved.open_or_create(output or f"{engine.path.name.removesuffix('.gguf')}.pinfer", engine.gguf)
+    solved = Solved.open_or_create(output or f"{engine.path.name.removesuffix('.gguf')}.pinfer", engine.file)
     started = time.perf_counter()
     result = run_profile(engine, solved, calibration, sequences)
     seconds = time.perf_counter() - started

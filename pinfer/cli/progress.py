@@ -1,16 +1,24 @@
-"""How far a long run over a model's layers is: a bar with the time left on a terminal, else a line a layer."""
+"""How far a long run is: a bar with the time left on a terminal, else a line a layer, or a tenth of a file."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
-from pinfer.cli.console import note
+from pinfer.cli.console import note, size
 from pinfer.engine.watcher import Watcher
 
 WITHIN_S = 15.0  # between two lines on what happens inside a layer
@@ -106,3 +114,30 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+@contextmanager
+def written(n_bytes: int) -> Iterator[Callable[[int], None]]:
+    """How much of a file is written: a function that is told of bytes, behind it a bar, or a line for every tenth."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield _Tenths(n_bytes)
+        return
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as progress:
+        task = progress.add_task("", total=n_bytes)
+        yield lambda more: progress.advance(task, more)
+
+
+class _Tenths:
+    """A line whenever another tenth is done and the last line is some seconds old."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self._total, self._done, self._told, self._started = n_bytes, 0, 0, time.perf_counter()
+
+    def __call__(self, more: int) -> None:
+        self._done += more
+        tenths, passed_s = 10 * self._done // max(1, self._total), time.perf_counter() - self._started
+        if tenths > self._told and passed_s > WITHIN_S and self._done < self._total:
+            self._told = tenths
+            left_s = passed_s * (self._total - self._done) / self._done
+            note(f"{size(self._done)} of {size(self._total)} written, {duration(left_s)} left")

@@ -10,7 +10,7 @@ import typer
 from pinfer.cli import options
 from pinfer.cli.console import emit_json, read_prompt
 from pinfer.engine import SHIPPED_MODEL
-from pinfer.formats.gguf import GGUFFile
+from pinfer.formats import open_model
 from pinfer.formats.tokenizer import load_tokenizer
 
 
@@ -26,7 +26,7 @@ def tokenize(
     text = read_prompt(prompt, file)
     if text is None:
         raise ValueError("no text: give -p TEXT, -f FILE or -f -")
-    tokenizer = load_tokenizer(GGUFFile.open(SHIPPED_MODEL if model is None else Path(model)).metadata)
+    tokenizer = load_tokenizer(open_model(SHIPPED_MODEL if model is None else Path(model)).metadata)
     ids = tokenizer.encode(text, add_bos=False if no_bos else None, parse_special=special)
     if json:
         emit_json({"ids": ids, "tokens": [tokenizer.token_text(token) for token in ids]})

@@ -81,7 +81,7 @@ class Job:
     def directory(self) -> Solved:
         """The solved directory, made where there is none."""
         default = f"{self.engine.path.name.removesuffix('.gguf')}.pinfer"
-        return Solved.open_or_create(self.output or default, self.engine.gguf)
+        return Solved.open_or_create(self.output or default, self.engine.file)
 
     def predictors(self, solved: Solved) -> Sequence[Any]:
         """Fit or train them, or take those that are there."""

@@ -13,9 +13,11 @@ from pinfer.config import Method, ModelConfig, RunConfig
 from pinfer.engine.solved import CALIBRATION, PREDICTOR, Solved
 from pinfer.engine.text import Text, cut, walk_settings
 from pinfer.ffn import DenseFFN
+from pinfer.formats import ModelFile
+from pinfer.formats.powerinfer import factors, sparse_threshold
 from pinfer.formats.tokenizer import Tokenizer
 from pinfer.models import Transformer
-from pinfer.predictors import GateOf, LowRankSettings, Packed, Predictor, pack, unpack
+from pinfer.predictors import MLP, GateOf, LowRankSettings, Packed, Predictor, pack, unpack
 from pinfer.sparsify import (
     LEAST_SEQUENCES,
     SPARSITY_NEEDED,
@@ -102,7 +104,8 @@ def fit_predictors(
 
 def gates_of(model: Transformer) -> list[GateOf]:
     """What predictors read of a dense model, layer by layer."""
-    return [GateOf(ffn.gate, ffn.activation) for ffn in model.ffns() if isinstance(ffn, DenseFFN)]
+    dense = (ffn for ffn in model.ffns() if isinstance(ffn, DenseFFN))
+    return [GateOf(ffn.gate, ffn.activation, ffn.gate_bias, ffn.cutoff) for ffn in dense]
 
 
 def keep_predictors(
@@ -130,6 +133,12 @@ def kept_predictors(solved: Solved, model: Transformer) -> list[Predictor]:
         return unpack(Packed(tensors, layers), gates_of(model))
     except ValueError as problem:
         raise ValueError(f"{solved.path / PREDICTOR}: {problem}") from problem
+
+
+def mlp_predictors(file: ModelFile, config: ModelConfig) -> list[MLP]:
+    """The predictors that a file has of PowerInfer's form, one a layer, as views of it."""
+    at_least = sparse_threshold(file)
+    return [MLP(*factors(file, layer), at_least) for layer in range(config.n_layers)]
 
 
 def kept_method(solved: Solved, asked: Method) -> Method:

@@ -23,6 +23,7 @@ from pinfer.engine.fitting import (
     kept_densities,
     kept_method,
     kept_predictors,
+    mlp_predictors,
     sequences_to_fit_on,
 )
 from pinfer.engine.hardware import read_machine
@@ -34,13 +35,15 @@ from pinfer.engine.shape import READS_ALL, model_shape
 from pinfer.engine.solved import Solved
 from pinfer.engine.step_down import Find, MemoryRanOut, within_memory
 from pinfer.engine.text import ASSETS, Text
-from pinfer.formats.gguf import GGUFFile
+from pinfer.formats import ModelFile, open_model
 from pinfer.formats.model_config import check_tensors, model_config
+from pinfer.formats.powerinfer import has_factors
 from pinfer.formats.tokenizer import Tokenizer, load_tokenizer
 from pinfer.kernels.cpp import core_problem
 from pinfer.kernels.planes import repack
 from pinfer.kernels.registry import backend_on, check_backend, use_backend, use_int8
 from pinfer.models import Transformer, build_model, replace_weights
+from pinfer.neuron_major_ffn import turn_down, turned_error
 from pinfer.overlap import Lane, Place
 from pinfer.placement import Plan
 from pinfer.placement.memory import check_plan
@@ -77,7 +80,7 @@ class Engine:
     """
 
     run: RunConfig
-    gguf: GGUFFile
+    file: ModelFile
     config: ModelConfig
     tokenizer: Tokenizer
     model: Transformer
@@ -104,7 +107,7 @@ class Engine:
 
     @property
     def path(self) -> Path:
-        return self.gguf.path
+        return self.file.path
 
     @property
     def vram_bytes(self) -> int:
@@ -127,27 +130,29 @@ def load_engine(run: RunConfig, progress: Callable[[str], None] = lambda _: None
     RuntimeError where GPU memory runs out for all that.
     """
     path = SHIPPED_MODEL if run.model is None else Path(run.model)
-    gguf = GGUFFile.open(path)
-    threads = run.threads or (1 if gguf.nbytes < ONE_THREAD_BELOW_BYTES else default_threads())
+    file = open_model(path)
+    threads = run.threads or (1 if file.nbytes < ONE_THREAD_BELOW_BYTES else default_threads())
     threads, remarks = place_threads(run.numa, threads)
-    config = model_config(gguf)
-    check_tensors(gguf, config)
+    config = model_config(file)
+    check_tensors(file, config)
     if run.activation is not None:
         config = dataclasses.replace(config, activation=run.activation)
-    method, solved = what_to_run(run, config, gguf)
+    method, solved = what_to_run(run, config, file)
+    if config.experts is not None:
+        _check_experts(run, config)
     if method in ("dense", "input_threshold") and run.cold_fraction:
         raise ValueError(f"cold_fraction {run.cold_fraction:g} has no meaning for the {method} method")
-    tokenizer = load_tokenizer(gguf.metadata)
+    tokenizer = load_tokenizer(file.metadata)
     if tokenizer.vocab_size > config.vocab_size:
-        raise gguf.error(f"the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size} rows")
+        raise file.error(f"the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size} rows")
     check_backend(run.backend, torch.device("cpu"))
-    prepared = Prepared(gguf, config, progress)
+    prepared = Prepared(file, config, progress)
     said: list[str] = []
 
     def make(find: Find) -> Engine:
         torch.set_num_threads(threads)  # of which a lane may leave the rest of the model fewer
-        model = build_model(gguf, config, _context(run.context, config))
-        engine = Engine(run, gguf, config, tokenizer, model, method, progress=progress)
+        model = build_model(file, config, _context(run.context, config))
+        engine = Engine(run, file, config, tokenizer, model, method, progress=progress)
         with engine.computing():
             return _made(engine, prepared, solved, find)
 
@@ -159,18 +164,21 @@ def load_engine(run: RunConfig, progress: Callable[[str], None] = lambda _: None
 def _made(engine: Engine, prepared: Prepared, solved: Solved | None, find: Find) -> Engine:
     """The engine with its model sparse, and placed where `find` says. MemoryRanOut as said there."""
     run, model = engine.run, engine.model
-    wanted = "cpu" if run.device == "auto" and run.backend == "cpu" else run.device
+    on_cpu = run.backend == "cpu" or engine.config.experts is not None
+    wanted = "cpu" if run.device == "auto" and on_cpu else run.device
     device = device_for(wanted, None if run.gpu_memory_gb is None else round(GB * run.gpu_memory_gb))
+    if engine.method == "dense":
+        turn_down(model)
     predictors = _predictors(engine, prepared, solved)
     if device is None:
         if run.plan is not None:  # it may be meant for another model, and would be refused where there is a GPU
-            shape = model_shape(engine.gguf, engine.config, engine.method, predictors.fitted)
-            check_plan(shape, runnable(read_plan(run.plan)))
+            shape = model_shape(engine.file, engine.config, engine.method, predictors.fitted)
+            check_plan(shape, runnable(read_plan(run.plan, shape)))
         plan = Plan.uniform(engine.config.n_layers, engine.config.d_ffn, run.cold_fraction)
         _make_sparse(engine, prepared, predictors, plan if run.cold_fraction else None)
         _lay_out(model)
         return engine
-    shape = model_shape(engine.gguf, engine.config, engine.method, predictors.fitted, rearranged=device.rearranged)
+    shape = model_shape(engine.file, engine.config, engine.method, predictors.fitted, rearranged=device.rearranged)
     placer = Placer(run, engine.method, shape, model.context, device, solved, mean_density(predictors.densities))
     found = find(placer)
     try:
@@ -223,19 +231,48 @@ def _without_gpu(run: RunConfig) -> list[str]:
     ]
 
 
-def what_to_run(run: RunConfig, config: ModelConfig, gguf: GGUFFile) -> tuple[Method, Solved | None]:
+def _check_experts(run: RunConfig, config: ModelConfig) -> None:
+    """ValueError for what a mixture of experts cannot do yet: the parts of a layer on several devices or shards."""
+    asked = {
+        f"device {run.device}": run.device not in ("auto", "cpu"),
+        f"cold_fraction {run.cold_fraction:g}": bool(run.cold_fraction),
+        "a plan": run.plan is not None,
+        "gpu_layers": bool(run.gpu_layers),
+        "a solved directory": run.predictor_path is not None,
+    }
+    for what, is_asked in asked.items():
+        if is_asked:
+            config.without_experts(what)
+
+
+def what_to_run(run: RunConfig, config: ModelConfig, file: ModelFile) -> tuple[Method, Solved | None]:
     """The run's method for this model, and the solved directory that its predictors come from, if one is named.
 
     ValueError for a method or a directory that does not fit the model or the run's other settings.
     """
     if run.predictor_path is None:
-        return resolve_method(run.method, config, run.sparsity), None
-    solved = Solved.open(run.predictor_path, gguf)
+        return _own_method(run, config, file), None
+    solved = Solved.open(run.predictor_path, file)
     method = kept_method(solved, run.method)
     check_activation(solved, config)
     if run.sparsity is not None and method not in THRESHOLDED:
         raise ValueError(f"sparsity {run.sparsity:g} has no meaning for {method} predictors that are fitted already")
     return method, solved
+
+
+def _own_method(run: RunConfig, config: ModelConfig, file: ModelFile) -> Method:
+    """The method of a run without a directory: a file with predictors of its own is run by them, unless told otherwise."""
+    if run.method not in ("auto", "mlp") or (run.method == "auto" and run.sparsity is not None):
+        return resolve_method(run.method, config, run.sparsity)
+    if has_factors(file):
+        if run.sparsity is not None:
+            raise ValueError(f"sparsity {run.sparsity:g} has no meaning for method mlp, whose threshold is the file's")
+        return "mlp"
+    if run.method == "mlp":
+        raise ValueError(
+            f"{file.path}: method mlp needs a file with predictors (blk.N.fc1, blk.N.fc2), as PowerInfer's"
+        )
+    return resolve_method(run.method, config, run.sparsity)
 
 
 def _context(asked: int | None, config: ModelConfig) -> int:
@@ -245,8 +282,12 @@ def _context(asked: int | None, config: ModelConfig) -> int:
 
 
 def _notes(engine: Engine, solved: Solved | None) -> Iterator[str]:
+    if engine.config.experts is not None and engine.run.device == "auto" and torch.cuda.is_available():
+        yield "a mixture of experts is computed on the CPU"
     if engine.run.backend == "auto" and (problem := core_problem()):
         yield f"the slower torch reference computes: {problem}"
+    if error := turned_error(engine.model):
+        yield f"down was requantised to Q8_0 for the dense path, at {100 * error:.2g} % of its weights' RMS"
     if error := down_error(engine.model):
         yield f"down was requantised to Q8_0 for the sparse path, at {100 * error:.2g} % of its weights' RMS"
     if error := input_error(engine.model):
@@ -298,7 +339,9 @@ def _predictors(engine: Engine, prepared: Prepared, solved: Solved | None) -> _P
     if engine.method == "exact":
         return _Predictors(exact_predictors)
     densities = None
-    if solved is None:
+    if engine.method == "mlp" and solved is None:
+        fitted: Sequence[Predictor] = mlp_predictors(engine.file, engine.config)
+    elif solved is None:
         fitted = _fitted(engine, prepared)
     else:
         fitted, densities = kept_predictors(solved, engine.model), kept_densities(solved)

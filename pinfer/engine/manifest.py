@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pinfer.engine.mapped import fingerprint
-from pinfer.formats.gguf import GGUFFile
+from pinfer.formats import ModelFile
 
 FORMAT = 1
 MANIFEST = "pinfer.json"
@@ -26,9 +26,9 @@ class ModelMark:
     fingerprint: str
 
     @classmethod
-    def of(cls, gguf: GGUFFile) -> ModelMark:
+    def of(cls, file: ModelFile) -> ModelMark:
         """The mark of an open file; a copy elsewhere has the same fingerprint."""
-        return cls(gguf.path.name, fingerprint(gguf, timed=False))
+        return cls(file.path.name, fingerprint(file, timed=False))
 
 
 @dataclass(frozen=True)

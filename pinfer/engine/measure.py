@@ -16,10 +16,10 @@ from torch import nn
 
 from pinfer.engine.generate import peak_rss_bytes
 from pinfer.engine.load import Engine
-from pinfer.engine.mapped import release_pages
 from pinfer.ffn import DenseFFN
+from pinfer.formats.pages import release_tensor
 from pinfer.kernels.norms import column_norms
-from pinfer.kernels.ops import glu, quant_matmul
+from pinfer.kernels.ops import quant_matmul
 from pinfer.models import LayerWalk
 from pinfer.placement.accumulate import Accumulator
 from pinfer.placement.statistics import LayerStatistics, to_tensors
@@ -46,12 +46,11 @@ class MeasuredFFN(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor, opens: bool = False) -> torch.Tensor:
         """x, residual: float32 [T, D], a whole sequence; returns float32 [T, D]."""
-        gate = quant_matmul(x, self.dense.gate)
-        up = None if self.dense.up is None else quant_matmul(x, self.dense.up)
-        hidden = glu(gate, up, activation=self.dense.activation)
+        gate, up = self.dense.products(x)
+        hidden = self.dense.hidden(gate, up)
         # A sequence's first token is left out: its activations are outliers.
         self.observer.add(x[1:], gate[1:], None if up is None else up[1:], hidden[1:])
-        return quant_matmul(hidden, self.dense.down)
+        return quant_matmul(hidden, self.dense.down, self.dense.down_bias)
 
 
 def measure_layer(engine: Engine, walk: LayerWalk, passed: Callable[[], None] = lambda: None) -> LayerStatistics:
@@ -62,7 +61,7 @@ def measure_layer(engine: Engine, walk: LayerWalk, passed: Callable[[], None] = 
     """
     number, dense = walk.layer, dense_ffn(engine, walk.layer)
     counted = sum(len(residual) - 1 for residual in walk.residuals)
-    accumulator = Accumulator(column_norms(dense.down), dense.activation, counted)
+    accumulator = Accumulator(column_norms(dense.down), dense.activation, counted, dense.cutoff)
     observe_layer(engine, walk, accumulator, passed)
     try:
         return accumulator.finish()
@@ -71,7 +70,8 @@ def measure_layer(engine: Engine, walk: LayerWalk, passed: Callable[[], None] = 
 
 
 def dense_ffn(engine: Engine, layer: int) -> DenseFFN:
-    """The FFN of a layer; ValueError unless it is dense."""
+    """The FFN of a layer; ValueError unless it is dense, and the layer's only one."""
+    engine.config.without_experts("a profile or training")
     ffn = engine.model.blocks[layer].ffn
     if not isinstance(ffn, DenseFFN):
         raise ValueError(f"layer {layer} is not dense: a profile and training need every neuron computed")
@@ -149,13 +149,13 @@ def estimate_profile(engine: Engine, sequences: Sequence[torch.Tensor]) -> Estim
 
 def release_layer(engine: Engine, layer: int) -> None:
     """Let go of the pages of a layer's matrices."""
-    for name, info in engine.gguf.tensors.items():
+    for name, info in engine.file.tensors.items():
         if name.startswith(f"blk.{layer}.") and len(info.shape) == 2:
-            release_pages(engine.gguf.tensor(name))
+            release_tensor(engine.file, name)
 
 
 def layer_bytes(engine: Engine, layer: int) -> int:
-    return sum(info.nbytes for name, info in engine.gguf.tensors.items() if name.startswith(f"blk.{layer}."))
+    return sum(info.nbytes for name, info in engine.file.tensors.items() if name.startswith(f"blk.{layer}."))
 
 
 def rss_bytes() -> int:

@@ -87,7 +87,7 @@ def _reserve(model: Transformer, plan: Plan, device: Device) -> None:
     blocks = [block for block, layer in zip(model.layers, plan.layers, strict=True) if layer.attention == "gpu"]
     position_bytes = 2 * config.n_kv_heads * config.head_dim * torch.float32.itemsize
     device.account.take(len(blocks) * position_bytes * model.context)
-    for rope in {block.attention.rope for block in blocks}:
+    for rope in {block.attention.rope for block in blocks if block.attention.rope is not None}:
         rope.reserve(model.context)
         device.account.take(rope.nbytes)
         if device.torch_device != CPU:

@@ -1,8 +1,9 @@
 """What is made of a model once and then kept beside it: its transposed `down`, its fitted predictors.
 
 `<model>.pinfer-down.gguf` holds `blk.N.ffn_down_t.weight` [N, D], row i being neuron i's (PowerInfer's
-name and layout); `<model>.pinfer-<method>-<settings>.safetensors` holds fitted predictors. Where the
-model's folder cannot be written, they lie in the user's cache folder under the model's fingerprint.
+name and layout), or one `blk.N.ffn_down_t.E.weight` for each expert E; fitted predictors are in
+`<model>.pinfer-<method>-<settings>.safetensors`. Where the model's folder cannot be written, they
+lie in the user's cache folder under the model's fingerprint.
 Models below CACHE_FROM_BYTES are prepared in memory at each start, as all are with PINFER_NO_CACHE=1.
 
 A file counts only if its format version, its model's fingerprint, its shapes and its checksums are
@@ -34,10 +35,13 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from pinfer.config import ModelConfig
-from pinfer.engine.mapped import fingerprint, release_pages
+from pinfer.engine.mapped import fingerprint
 from pinfer.ffn import DenseFFN
 from pinfer.files import temporary
+from pinfer.formats import ModelFile
 from pinfer.formats.gguf import GGUFFile
+from pinfer.formats.pages import release_pages
+from pinfer.formats.powerinfer import down_rows
 from pinfer.input_sparse_ffn import InputMajorWeights
 from pinfer.kernels.cpp.build import cache_folder
 from pinfer.kernels.transpose import transpose_weights
@@ -55,12 +59,14 @@ BLANK = 64 * "0"  # in place of a SHA-256
 class Prepared:
     """The prepared files of one model; `notes` says what was not as expected, one line each."""
 
-    def __init__(self, gguf: GGUFFile, config: ModelConfig, progress: Callable[[str], None] = lambda _: None) -> None:
-        self._gguf, self._config, self._tell = gguf, config, progress
-        self._large = gguf.nbytes >= CACHE_FROM_BYTES
+    def __init__(
+        self, source: ModelFile, config: ModelConfig, progress: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._file, self._config, self._tell = source, config, progress
+        self._large = source.nbytes >= CACHE_FROM_BYTES
         self._kept = self._large and not os.environ.get("PINFER_NO_CACHE")
         self.notes: list[str] = []
-        self._mapped = {_storage(gguf.tensor("token_embd.weight"))}
+        self._mapped = {part.data.data_ptr() for part in source.parts}
 
     def progress(self, step: str) -> None:
         """Tell of a layer's step where the model is large enough for it to take long."""
@@ -69,10 +75,15 @@ class Prepared:
 
     @cached_property
     def _fingerprint(self) -> str:
-        return fingerprint(self._gguf)
+        return fingerprint(self._file)
 
     def downs(self) -> DownMaker:
-        """Each layer's transposed `down`: mapped from its file, which is written if need be, or made in memory."""
+        """Each FFN's transposed `down`, by its number in `Transformer.ffns`.
+
+        The model's own rows, or mapped from a file, which is written if need be, or made in memory.
+        """
+        if self._file.has(down_rows(0)):
+            return lambda layer, _: (self._file.tensor(down_rows(layer)), 0.0)
         if not self._kept:
             return self._transposed
         suffix = ".pinfer-down.gguf"
@@ -83,8 +94,8 @@ class Prepared:
             except (OSError, ValueError) as problem:
                 self.notes.append(f"the transposed down is not kept and stays in memory: {_said(problem)}")
                 return self._transposed
-        for layer in range(self._config.n_layers):  # calibration may have read them
-            release_pages(self._source(layer))
+        for number in range(self._n_ffns):  # calibration may have read them
+            self.release(self._source(number))
         return found
 
     def release(self, weight: QuantTensor) -> None:
@@ -100,9 +111,10 @@ class Prepared:
             down, down_error = downs(layer, dense)
             if not self._config.gated:
                 gate, error = self._transposed(layer, matrix="up")
-                return InputMajorWeights(gate, None, down, error, down_error)
+                return InputMajorWeights(gate, None, down, error, down_error, dense.gate_bias, dense.down_bias)
             (gate, gate_error), (up, up_error) = (self._transposed(layer, matrix=name) for name in ("gate", "up"))
-            return InputMajorWeights(gate, up, down, max(gate_error, up_error), down_error)
+            errors = (max(gate_error, up_error), down_error)
+            return InputMajorWeights(gate, up, down, *errors, dense.gate_bias, dense.down_bias)
 
         return made
 
@@ -126,7 +138,7 @@ class Prepared:
         return fitted
 
     def _places(self, suffix: str) -> list[Path]:
-        places = [self._gguf.path.with_name(self._gguf.path.name + suffix)]
+        places = [self._file.path.with_name(self._file.path.name + suffix)]
         with contextlib.suppress(RuntimeError):  # a user without a home
             places.append(cache_folder() / f"{self._fingerprint}{suffix}")
         return places
@@ -154,7 +166,7 @@ class Prepared:
                 fill(file)
                 file.flush()
                 os.fsync(file.fileno())
-            shutil.copymode(self._gguf.path, file.name)  # who may read the model may read this
+            shutil.copymode(self._file.parts[0].path, file.name)  # who may read the model may read this
             os.replace(file.name, path)
         finally:
             with contextlib.suppress(OSError):
@@ -169,28 +181,46 @@ class Prepared:
                 return path, temporary(path)
         return last, temporary(last)
 
-    def _source(self, layer: int, matrix: str = "down") -> QuantTensor:
-        return self._gguf.tensor(f"blk.{layer}.ffn_{matrix}.weight")
+    @property
+    def _n_ffns(self) -> int:
+        experts = self._config.experts
+        return self._config.n_layers * (1 if experts is None else experts.count)
 
-    def _transposed(self, layer: int, _: DenseFFN | None = None, *, matrix: str = "down") -> tuple[QuantTensor, float]:
-        """A matrix of a layer's FFN, transposed in memory; the pages it came from are let go."""
-        self.progress(f"transposing {matrix}, layer {layer + 1} of {self._config.n_layers}")
-        turned = transpose_weights(self._source(layer, matrix))
-        release_pages(self._source(layer, matrix))
+    def _source(self, number: int, matrix: str = "down") -> QuantTensor:
+        """A matrix of the FFN of that number, which of a stack of experts is its rows."""
+        experts = self._config.experts
+        if experts is None:
+            return self._file.tensor(f"blk.{number}.ffn_{matrix}.weight")
+        layer, expert = divmod(number, experts.count)
+        return self._file.expert(f"blk.{layer}.ffn_{matrix}_exps.weight", expert)
+
+    def _turned(self, number: int) -> str:
+        experts = self._config.experts
+        if experts is None:
+            return f"blk.{number}.ffn_down_t.weight"
+        layer, expert = divmod(number, experts.count)
+        return f"blk.{layer}.ffn_down_t.{expert}.weight"
+
+    def _transposed(self, number: int, _: DenseFFN | None = None, *, matrix: str = "down") -> tuple[QuantTensor, float]:
+        """A matrix of an FFN, transposed in memory; the pages it came from are let go."""
+        layer = number * self._config.n_layers // self._n_ffns + 1
+        self.progress(f"transposing {matrix}, layer {layer} of {self._config.n_layers}")
+        turned = transpose_weights(self._source(number, matrix))
+        self.release(self._source(number, matrix))
         return turned
 
     def _downs_bytes(self) -> int:
         """No less than the file of transposed weights takes."""
-        sources = [self._source(layer) for layer in range(self._config.n_layers)]
+        sources = [self._source(number) for number in range(self._n_ffns)]
         return sum(max(down.nbytes, down.columns * stored_type(down.rows).row_bytes(down.rows)) for down in sources)
 
     def _fill_downs(self, file: IO[bytes]) -> None:
         """Layer by layer, and the header last: until then the file is none."""
-        layers: list[tuple[QuantType, float, str]] = [(F32, 0.0, 8 * "0")] * self._config.n_layers
+        layers: list[tuple[QuantType, float, str]] = [(F32, 0.0, 8 * "0")] * self._n_ffns
         file.write(bytes(len(self._header(layers, 0))))
-        for layer in range(self._config.n_layers):
-            down, error = self._transposed(layer)
-            layers[layer] = (down.type, error, _crc32(down))
+        for number in range(self._n_ffns):
+            down, error = self._transposed(number)
+            layers[number] = (down.type, error, _crc32(down))
             file.write(down.blocks.reshape(-1).numpy().data)
             file.write(bytes(-down.nbytes % ALIGNMENT))
         # Even seconds of the past, which no later change of the file can leave behind on any file
@@ -213,10 +243,12 @@ class Prepared:
             writer.add_uint64("pinfer.sealed_ns", sealed_ns)
             writer.add_array("pinfer.down_error", [error for _, error, _ in layers])
             writer.add_array("pinfer.down_crc32", [checksum for _, _, checksum in layers])
-            for layer, (kind, _, _) in enumerate(layers):
-                width, neurons = self._source(layer).shape
+            for number, (kind, _, _) in enumerate(layers):
+                width, neurons = self._source(number).shape
                 bytes_shape, raw = (neurons, kind.row_bytes(width)), gguf.GGMLQuantizationType(kind.ggml_id)
-                writer.add_tensor_info(_turned(layer), bytes_shape, np.dtype(np.uint8), math.prod(bytes_shape), raw)
+                writer.add_tensor_info(
+                    self._turned(number), bytes_shape, np.dtype(np.uint8), math.prod(bytes_shape), raw
+                )
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -229,8 +261,8 @@ class Prepared:
         file = GGUFFile.open(path)
         self._check_stamp(file.get("pinfer.format", int), file.get("pinfer.fingerprint", str))
         errors, sums = file.get_list("pinfer.down_error", float), file.get_list("pinfer.down_crc32", str)
-        downs = [file.tensor(_turned(layer)) for layer in range(self._config.n_layers)]
-        expected = [self._source(layer).shape[::-1] for layer in range(self._config.n_layers)]
+        downs = [file.tensor(self._turned(number)) for number in range(self._n_ffns)]
+        expected = [self._source(number).shape[::-1] for number in range(self._n_ffns)]
         if [down.shape for down in downs] != expected or not len(errors) == len(sums) == len(downs):
             raise ValueError("its tensors are not those of this model")
         sealed_ns = file.get("pinfer.sealed_ns", int)
@@ -242,7 +274,7 @@ class Prepared:
             with contextlib.suppress(OSError):  # a sound copy, then: it need not be read whole again
                 os.utime(path, ns=(sealed_ns, sealed_ns))
         self._mapped.add(_storage(downs[0]))
-        return lambda layer, _: (downs[layer], errors[layer])
+        return lambda number, _: (downs[number], errors[number])
 
     def _open_predictors(self, path: Path, key: str, gates: Sequence[GateOf]) -> list[Predictor]:
         metadata, tensors = _unpack(path.read_bytes())
@@ -265,10 +297,6 @@ def _storage(weight: QuantTensor) -> int:
 
 def _crc32(weight: QuantTensor) -> str:
     return f"{zlib.crc32(weight.blocks.reshape(-1).numpy().data):08x}"
-
-
-def _turned(layer: int) -> str:
-    return f"blk.{layer}.ffn_down_t.weight"
 
 
 def _said(problem: Exception, path: Path | None = None) -> str:

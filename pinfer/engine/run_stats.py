@@ -144,14 +144,15 @@ class _Layer:
     def _see(self, number: int, x: torch.Tensor, prediction: Prediction) -> None:
         """One token's neurons in one shard."""
         shard = self.shards[number]
-        gate = quant_matmul(x, shard.weights.gate) if prediction.gate_values is None else prediction.gate_values
-        fired = activate(shard.activation, gate) != 0
+        weights, of_gate = shard.weights, prediction.gate_values
+        gate = quant_matmul(x, weights.gate, weights.gate_bias) if of_gate is None else of_gate
+        fired = activate(shard.activation, gate, shard.cutoff) != 0
         weight = torch.zeros_like(gate)
         if self.masses or shard.activation not in ZERO_BELOW_ZERO:
             if number not in self._norms:
                 self._norms[number] = row_norms(shard.weights.down)
             up = None if shard.weights.up is None else quant_matmul(x, shard.weights.up)
-            weight = hidden_of(shard.activation, gate, up, prediction.shift).abs() * self._norms[number]
+            weight = hidden_of(shard.activation, gate, up, prediction.shift, shard.cutoff).abs() * self._norms[number]
         named = prediction.active.indices[: int(prediction.active.count)].long()
         self._now.append((number, named.cpu(), fired[0].cpu(), weight[0].cpu()))
 
@@ -223,7 +224,8 @@ class RunStatistics:
     """Gathers over one or more generations of an engine. masses: whether contributions are wanted, for `tensors`."""
 
     def __init__(self, engine: Engine, *, masses: bool = False) -> None:
-        """ValueError for a model that is dense, or skips inputs instead of neurons."""
+        """ValueError for a model that is dense, skips inputs instead of neurons, or has experts."""
+        engine.config.without_experts("statistics of a run")
         plan = None if engine.placement is None else engine.placement.plan
         self._width, n = engine.config.d_model, engine.config.d_ffn
         self._attention = ["cpu"] * engine.config.n_layers if plan is None else [one.attention for one in plan.layers]

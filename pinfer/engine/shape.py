@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pinfer.config import Method, ModelConfig
-from pinfer.formats.gguf import GGUFFile
+from pinfer.formats import ModelFile
 from pinfer.kernels.transpose import transposed_type
 from pinfer.placement import LayerShape, ModelShape
 from pinfer.placement.shape import FLOAT_BYTES, row_bytes
-from pinfer.predictors import LowRank, Predictor, SignBits, WeightedThreshold
+from pinfer.predictors import MLP, LowRank, Predictor, SignBits, WeightedThreshold
 from pinfer.quant import F16, Q5_0, Layout, QuantTensor
 
 READS_ALL: tuple[Method, ...] = ("dense", "input_threshold")  # no neuron is split off, or skipped as a whole
@@ -28,7 +28,7 @@ class PredictorBytes(NamedTuple):
 
 
 def model_shape(
-    gguf: GGUFFile,
+    file: ModelFile,
     config: ModelConfig,
     method: Method,
     predictors: Sequence[Predictor] | None = None,
@@ -40,43 +40,53 @@ def model_shape(
     predictors: one a layer, of a solved directory; low_rank and sign_bits need them, for other methods their sizes
     are known without. rearranged: whether the GPU has rows in planes, a little longer, as Triton reads them; without
     it both devices have them as in the file, as an emulated one does. Sliding layers keep the whole context's keys
-    and values, which is what a cache reserves. ValueError where predictors are missing.
+    and values, which is what a cache reserves. ValueError where predictors are missing, and for a model with experts.
     """
-    if predictors is None and method in ("low_rank", "sign_bits"):
+    config.without_experts("a plan")
+    if predictors is None and method in ("low_rank", "sign_bits", "mlp"):
         raise ValueError(f"the size of {method} predictors is not known before they are made: name a solved directory")
 
     def layer(number: int, layout: Layout) -> LayerShape:
         predictor = _unfitted(method, config, layout) if predictors is None else _measured(predictors[number], layout)
-        return _layer(gguf, config, method, number, predictor, layout)
+        return _layer(file, config, method, number, predictor, layout)
 
     layers = []
     for number in range(config.n_layers):
         on_gpu = layer(number, "planes") if rearranged else None
         layers.append(dataclasses.replace(layer(number, "blocks"), on_gpu=on_gpu))
-    output = "output.weight" if gguf.has("output.weight") else "token_embd.weight"
-    norm = FLOAT_BYTES * config.d_model
+    output = "output.weight" if file.has("output.weight") else "token_embd.weight"
+    norm = sum(_bytes(file, name, "blocks") for name in file.tensors if name.startswith("output_norm."))
     return ModelShape(
         name=config.name,
         layers=tuple(layers),
-        head_bytes=_matrix_bytes(gguf, output, "blocks") + norm,
-        embedding_bytes=_matrix_bytes(gguf, "token_embd.weight", "blocks") if gguf.has("output.weight") else 0,
+        head_bytes=_matrix_bytes(file, output, "blocks") + norm,
+        embedding_bytes=_embedding_bytes(file, config),
         d_model=config.d_model,
         vocab_size=config.vocab_size,
-        gpu_head_bytes=_matrix_bytes(gguf, output, "planes") + norm if rearranged else None,
-        rope_position_bytes=sum(FLOAT_BYTES * one.dim for one in (config.rope, config.rope_local) if one is not None),
+        gpu_head_bytes=_matrix_bytes(file, output, "planes") + norm if rearranged else None,
+        rope_position_bytes=sum(FLOAT_BYTES * one.dim for one in config.ropes),
     )
 
 
+def _embedding_bytes(file: ModelFile, config: ModelConfig) -> int:
+    """Of the embedding where it is not the head as well, and of learned positions: what a token reads one row of."""
+    tokens = _matrix_bytes(file, "token_embd.weight", "blocks") if file.has("output.weight") else 0
+    if config.rope is not None:
+        return tokens
+    positions = file.info("position_embd.weight")
+    return tokens + config.context_length * row_bytes(positions.type, positions.columns, "blocks")
+
+
 def _layer(
-    gguf: GGUFFile, config: ModelConfig, method: Method, number: int, predictor: PredictorBytes, layout: Layout
+    file: ModelFile, config: ModelConfig, method: Method, number: int, predictor: PredictorBytes, layout: Layout
 ) -> LayerShape:
     prefix = f"blk.{number}."
-    others = [name for name in gguf.tensors if name.startswith(prefix) and not _is_ffn(name)]
-    gate, rows, left = _ffn_rows(gguf, config, method, prefix, layout)
+    others = [name for name in file.tensors if name.startswith(prefix) and not _is_ffn(name)]
+    gate, rows, left = _ffn_rows(file, config, method, prefix, layout)
     neuron = gate + rows + predictor.neuron
     read = gate + rows if method in READS_ALL else gate if method in READS_GATE else 0
     return LayerShape(
-        attention_bytes=sum(_bytes(gguf, name, layout) for name in others) + left,
+        attention_bytes=sum(_bytes(file, name, layout) for name in others) + left,
         kv_position_bytes=2 * config.n_kv_heads * config.head_dim * FLOAT_BYTES,
         kv_positions=None,
         n_neurons=config.d_ffn,
@@ -84,28 +94,36 @@ def _layer(
         always_bytes=read + predictor.neuron,
         active_bytes=gate + rows - read,
         shared_bytes=predictor.shared,
-        compensation_bytes=predictor.compensation,
+        compensation_bytes=predictor.compensation + _optional_bytes(file, f"{prefix}ffn_down.bias"),
         own_predictor=predictor.own,
         kv_window=config.sliding_window if config.is_sliding(number) else None,
     )
 
 
-def _ffn_rows(gguf: GGUFFile, config: ModelConfig, method: Method, prefix: str, layout: Layout) -> tuple[int, int, int]:
+def _ffn_rows(
+    file: ModelFile, config: ModelConfig, method: Method, prefix: str, layout: Layout
+) -> tuple[int, int, int]:
     """Bytes of a neuron's gate (or up, where there is none), of its other rows, and what neurons cannot share evenly.
 
-    Where no neuron is split off, matrices lie otherwise than a row a neuron: a neuron has its share of them.
+    Where no neuron is split off, matrices lie otherwise than a row a neuron: a neuron has its share of them. A bias of
+    the gate counts with it.
     """
     names = [f"{prefix}ffn_{name}.weight" for name in (("gate", "up") if config.gated else ("up",))]
-    down, n, d = gguf.info(f"{prefix}ffn_down.weight").type, config.d_ffn, config.d_model
-    turned = transposed_type(down, d)
+    n, d = config.d_ffn, config.d_model
+    by_neuron = file.has(f"{prefix}ffn_down_t.weight")
+    down = file.info(f"{prefix}ffn_down{'_t' if by_neuron else ''}.weight").type
+    turned = down if by_neuron else transposed_type(down, d)
+    biases = _optional_bytes(file, names[0].replace(".weight", ".bias"))
     if method not in READS_ALL:
-        rows = [row_bytes(gguf.info(name).type, d, layout) for name in names]
-        return rows[0], sum(rows[1:]) + row_bytes(turned, d, layout), 0
+        rows = [row_bytes(file.info(name).type, d, layout) for name in names]
+        return rows[0] + biases // n, sum(rows[1:]) + row_bytes(turned, d, layout), 0
     if method == "dense":
-        whole = [_matrix_bytes(gguf, name, layout) for name in (*names, f"{prefix}ffn_down.weight")]
+        stored = transposed_type(down, n) if by_neuron else down
+        whole = [*(_matrix_bytes(file, name, layout) for name in names), d * row_bytes(stored, n, layout)]
     else:
-        by_input = [d * row_bytes(transposed_type(gguf.info(name).type, n), n, layout) for name in names]
+        by_input = [d * row_bytes(transposed_type(file.info(name).type, n), n, layout) for name in names]
         whole = [*by_input, n * row_bytes(turned, d, layout)]
+    whole[0] += biases
     return whole[0] // n, sum(whole) // n - whole[0] // n, sum(whole) % n
 
 
@@ -129,7 +147,7 @@ def _measured(predictor: Predictor, layout: Layout) -> PredictorBytes:
     shared = 0 if vectors else FLOAT_BYTES
     matrix = predictor.compensation
     compensation = 0 if matrix is None else _weight_bytes(matrix, layout)
-    if isinstance(predictor, LowRank):
+    if isinstance(predictor, (LowRank, MLP)):
         row = row_bytes(predictor.second.type, predictor.second.columns, layout)
         return PredictorBytes(row + vectors, _weight_bytes(predictor.first, layout) + shared, compensation, True)
     if isinstance(predictor, SignBits):
@@ -141,17 +159,21 @@ def _weight_bytes(weight: QuantTensor, layout: Layout) -> int:
     return weight.rows * row_bytes(weight.type, weight.columns, layout)
 
 
-def _matrix_bytes(gguf: GGUFFile, name: str, layout: Layout) -> int:
-    info = gguf.info(name)
+def _matrix_bytes(file: ModelFile, name: str, layout: Layout) -> int:
+    info = file.info(name)
     rows, columns = info.shape
     return rows * row_bytes(info.type, columns, layout)
 
 
-def _bytes(gguf: GGUFFile, name: str, layout: Layout) -> int:
+def _bytes(file: ModelFile, name: str, layout: Layout) -> int:
     """Of a matrix as it is, of a vector as float32."""
-    shape = gguf.info(name).shape
-    return _matrix_bytes(gguf, name, layout) if len(shape) == 2 else FLOAT_BYTES * shape[0]
+    shape = file.info(name).shape
+    return _matrix_bytes(file, name, layout) if len(shape) == 2 else FLOAT_BYTES * shape[0]
+
+
+def _optional_bytes(file: ModelFile, name: str) -> int:
+    return _bytes(file, name, "blocks") if file.has(name) else 0
 
 
 def _is_ffn(name: str) -> bool:
-    return name.split(".")[-2] in ("ffn_gate", "ffn_up", "ffn_down")
+    return name.split(".")[-2] in ("ffn_gate", "ffn_up", "ffn_down", "ffn_down_t", "fc1", "fc2")

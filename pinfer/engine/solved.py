@@ -37,7 +37,7 @@ from pinfer.engine.manifest import (
     read_manifest,
 )
 from pinfer.files import leftovers, write_atomically
-from pinfer.formats.gguf import GGUFFile
+from pinfer.formats import ModelFile
 
 LOCK = ".lock"
 ACTIVATIONS, PREDICTOR = "activations.safetensors", "predictor.safetensors"
@@ -51,8 +51,8 @@ class Solved:
         self.path, self._manifest = path, manifest
 
     @classmethod
-    def open(cls, path: str | Path, gguf: GGUFFile | None = None) -> Solved:
-        """The directory at `path`, every file of it checked, as made for the model `gguf` (None: whichever).
+    def open(cls, path: str | Path, file: ModelFile | None = None) -> Solved:
+        """The directory at `path`, every file of it checked, as made for the model `file` (None: whichever).
 
         ValueError, naming the file and what does not match: a directory or a file that is missing or
         damaged, another model, a newer format.
@@ -63,14 +63,14 @@ class Solved:
         if not path.is_dir():
             raise ValueError(f"{path}: not a directory, as a solved one is")
         manifest = read_manifest(path / MANIFEST)
-        if gguf is not None:
-            check_model(path / MANIFEST, manifest.model, ModelMark.of(gguf))
+        if file is not None:
+            check_model(path / MANIFEST, manifest.model, ModelMark.of(file))
         for name, mark in manifest.files.items():
             check_file(path / name, mark)
         return cls(path, manifest)
 
     @classmethod
-    def open_or_create(cls, path: str | Path, gguf: GGUFFile) -> Solved:
+    def open_or_create(cls, path: str | Path, file: ModelFile) -> Solved:
         """`open`, or a new directory where there is none or an empty one.
 
         ValueError as `open`, and where other files lie; PermissionError or another OSError where nothing
@@ -80,20 +80,20 @@ class Solved:
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path}: not a directory, and one is to be written there")
         try:
-            return cls._begin(path, gguf)
+            return cls._begin(path, file)
         except OSError as problem:
             if problem.errno == errno.EROFS:
                 raise PermissionError(problem.errno, "the file system is read-only", str(path)) from problem
             raise
 
     @classmethod
-    def _begin(cls, path: Path, gguf: GGUFFile) -> Solved:
+    def _begin(cls, path: Path, file: ModelFile) -> Solved:
         path.mkdir(parents=True, exist_ok=True)
         if (path / MANIFEST).exists():
-            return cls.open(path, gguf)
+            return cls.open(path, file)
         if others := sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(".")):
             raise ValueError(f"{path}: it has no {MANIFEST} but other files ({others[0]}): name an empty directory")
-        solved = cls(path, Manifest(ModelMark.of(gguf)))
+        solved = cls(path, Manifest(ModelMark.of(file)))
         solved._write_manifest()
         return solved
 

@@ -26,7 +26,8 @@ class DecodeStep:
     usual each time; `reason` then says why. Another backend, precision or number of threads records anew.
     What a recorded model reads must be changed in place: tensors and modules that are replaced later are
     not seen by this step, but by the next. Python between its ops is not run again: branches, counters
-    and prints stay as they were while recording. `record` False runs the model as usual throughout.
+    and prints stay as they were while recording. A module whose branches follow from values says `data_dependent = True`:
+    the model is then run as usual. `record` False runs the model as usual throughout.
     """
 
     def __init__(self, model: Transformer, cache: KVCache, *, record: bool = True) -> None:
@@ -81,6 +82,8 @@ class DecodeStep:
                 raise NotRecordable("the model has forward hooks, which a program would not call")
             if any(getattr(module, "crosses", False) for module in self._model.modules()):
                 raise NotRecordable("an FFN computes on another device than its layer's attention")
+            if any(getattr(module, "data_dependent", False) for module in self._model.modules()):
+                raise NotRecordable("a module chooses what it computes by values, such as experts by their router's")
             if not all(lane.recordable for lane in self._lanes()):
                 raise NotRecordable("cold neurons are computed by a lane that is not repeated as a whole")
             if self._device.type == "cuda":
@@ -97,7 +100,7 @@ class DecodeStep:
     def _capture(self) -> torch.Tensor:
         """Run as usual, for Triton to compile what it has not, and capture the same without running it."""
         logits = self._plain()
-        self._embedded = self._model.embedded(self._token).to(self._device)
+        self._embedded = self._model.embedded(self._token, self._cache.position).to(self._device)
         try:
             with captured(self._device) as capture:
                 self._logits = self._model.compute_embedded(self._embedded, self._cache)
@@ -138,7 +141,7 @@ class DecodeStep:
 
     def _repeat(self, program: Program | Capture) -> None:
         if isinstance(program, Capture):
-            self._embedded.copy_(self._model.embedded(self._token))
+            self._embedded.copy_(self._model.embedded(self._token, self._cache.position))
         program.run()
 
     def _step_down(self, problem: str) -> bool:

@@ -157,7 +157,7 @@ class _Run:
         self._settings, self._watcher = settings, watcher
         self._plan = plan_of(engine, sequences, settings)
         key = {
-            "fingerprint": fingerprint(engine.gguf, timed=False),
+            "fingerprint": fingerprint(engine.file, timed=False),
             **walk_settings(sequences, engine.config, engine.int8),
             **asdict(settings),
         }

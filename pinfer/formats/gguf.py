@@ -2,195 +2,103 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-import mmap
-import stat
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, TypeVar, overload
-
-import torch
+from typing import Any
 
 from pinfer.formats.errors import FormatError, shown
-from pinfer.formats.gguf_header import Header, TensorEntry, read_header
-from pinfer.quant import BF16, BY_ID, F16, F32, QUANT_TYPES, QuantTensor, QuantType
+from pinfer.formats.fused import split_fused
+from pinfer.formats.gguf_header import MAGIC, MAX_TENSORS, POWERINFER_MAGIC, Header, TensorEntry, read_header
+from pinfer.formats.model_file import ModelFile, Part, TensorInfo, map_file
+from pinfer.quant import BY_ID, QUANT_TYPES
 
 MIN_ALIGNMENT = 8
 MAX_ALIGNMENT = 1 << 20
-FLOAT_DTYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+MAX_PARTS = 1024
 
 # Types of ggml that nothing here computes on, named so that the message can say what a file holds.
 UNSUPPORTED_TYPES = {
     4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K",
-    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",
+    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S",
     24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M",
     31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 34: "TQ1_0", 35: "TQ2_0",
     36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 
-T = TypeVar("T")
-D = TypeVar("D")
-_REQUIRED: Any = object()
 
+class GGUFFile(ModelFile):
+    """An open GGUF file, or all files of a split one (see `ModelFile`)."""
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies: `shape` slowest first (`[rows, columns]`), `offset` from the file's start."""
-
-    name: str
-    shape: tuple[int, ...]
-    type: QuantType
-    offset: int
-    nbytes: int
-
-    @property
-    def columns(self) -> int:
-        return self.shape[-1]
-
-
-class GGUFFile:
-    """An open GGUF file: its metadata, and views of its tensors.
-
-    The file is mapped read-only; a page of weights is read when it is first used, and tensors
-    handed out keep the mapping alive after `close`. They must not be written to.
-    """
-
-    def __init__(self, path: Path, header: Header, tensors: dict[str, TensorInfo], data: torch.Tensor) -> None:
-        self.path = path
+    def __init__(self, path: Path, header: Header, tensors: Mapping[str, TensorInfo], parts: Sequence[Part]) -> None:
+        super().__init__(path, header.metadata, tensors, parts)
         self.version = header.version
-        self.metadata: Mapping[str, Any] = MappingProxyType(header.metadata)
-        self.tensors = tensors
-        self._data: torch.Tensor | None = data
 
     @classmethod
     def open(cls, path: str | Path) -> GGUFFile:
-        """Read the header of `path` and check where every tensor lies, reading no weights.
+        """Read the header of `path`, and of all parts where it is one of a split model (`.path` is the first then), and
+        check where every tensor lies, reading no weights.
 
         Raises FileNotFoundError, and FormatError for a file that is not sound GGUF v2 or v3, holds
-        a tensor type that cannot be computed, or is one part of a split model.
+        a tensor type that cannot be computed, or is one of parts that do not belong together.
         """
         path = Path(path)
-        file = _map(path)
-        header = read_header(file, path)
-        parts = header.metadata.get("split.count", 0)
-        if isinstance(parts, int) and parts > 1:
-            raise FormatError(f"{path}: split.count is {parts}; split GGUF is not supported yet, merge the parts first")
-        return cls(path, header, _layout(path, header, len(file)), _as_tensor(file))
-
-    def __enter__(self) -> GGUFFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the file; it stays mapped until the last tensor taken from it is gone."""
-        self._data = None
-
-    def error(self, problem: str) -> FormatError:
-        """The error to raise for a `problem` with this file."""
-        return FormatError(f"{self.path}: {problem}")
+        file = map_file(path)
+        header = read_header(file, path, (MAGIC, POWERINFER_MAGIC))
+        if header.metadata.get("split.count", 0) not in (0, 1):
+            first, parts, found = _open_split(path, header)
+        else:
+            first, parts, found = header, [Part(path, file)], _layout(path, header, len(file))
+        return cls(parts[0].path, first, split_fused(first.metadata, found), parts)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all weights."""
-        return sum(info.nbytes for info in self.tensors.values())
-
-    @property
-    def architecture(self) -> str:
-        return self.get("general.architecture", str)
-
-    @overload
-    def get(self, key: str, kind: type[T]) -> T: ...
-    @overload
-    def get(self, key: str, kind: type[T], default: D) -> T | D: ...
-    def get(self, key: str, kind: type[Any], default: Any = _REQUIRED) -> Any:
-        """The metadata value of `key`, which must be a `kind`; `default` if the key is missing.
-
-        Integers pass as `float`, booleans do not pass as `int`. Raises FormatError naming the key.
-        """
-        if key not in self.metadata:
-            if default is _REQUIRED:
-                raise self.error(f"metadata key {shown(key)} is missing")
-            return default
-        value = self.metadata[key]
-        if kind is float and type(value) is int:
-            return float(value)
-        if type(value) is not kind:
-            raise self.error(f"metadata key {shown(key)} must be {kind.__name__}, not {type(value).__name__}")
-        return value
-
-    @overload
-    def get_list(self, key: str, kind: type[T]) -> list[T]: ...
-    @overload
-    def get_list(self, key: str, kind: type[T], default: D) -> list[T] | D: ...
-    def get_list(self, key: str, kind: type[Any], default: Any = _REQUIRED) -> Any:
-        """The list at `key`, all of whose items must be of `kind`; otherwise as `get`."""
-        if key not in self.metadata and default is not _REQUIRED:
-            return default
-        values = self.get(key, list)
-        for value in values:
-            if type(value) is not kind:
-                raise self.error(f"metadata key {shown(key)} must hold {kind.__name__}, not {type(value).__name__}")
-        return values
-
-    def has(self, name: str) -> bool:
-        return name in self.tensors
-
-    def info(self, name: str) -> TensorInfo:
-        """Where tensor `name` lies; FormatError if the file has none."""
-        if name not in self.tensors:
-            raise self.error(f"tensor {shown(name)} is missing")
-        return self.tensors[name]
-
-    def tensor(self, name: str) -> QuantTensor:
-        """The matrix `name` `[rows, columns]` as a view of the file; a vector is a matrix of one row."""
-        info = self.info(name)
-        if len(info.shape) > 2:
-            raise self.error(f"tensor {shown(name)} has shape {list(info.shape)}, which is no matrix")
-        blocks = self._bytes(info).view(-1, info.type.row_bytes(info.columns))
-        return QuantTensor(blocks, info.type, info.columns)
-
-    def vector(self, name: str) -> torch.Tensor:
-        """The vector `name` as a float32 copy `[n]`; FormatError unless it is F32, F16 or BF16 and finite."""
-        info = self.info(name)
-        dtype = FLOAT_DTYPES.get(info.type)
-        if dtype is None or len(info.shape) != 1:
-            raise self.error(f"tensor {shown(name)} is {info.type} {list(info.shape)}, not a vector of floats")
-        values = self._bytes(info).clone().view(dtype).float()
-        if not bool(values.isfinite().all()):
-            raise self.error(f"tensor {shown(name)} holds values that are not finite")
-        return values
-
-    def _bytes(self, info: TensorInfo) -> torch.Tensor:
-        if self._data is None:
-            raise ValueError(f"{self.path} is closed")
-        return self._data[info.offset : info.offset + info.nbytes]
+    def format(self) -> str:
+        return f"GGUF v{self.version}"
 
 
-def _map(path: Path) -> mmap.mmap:
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "no regular file"
-        raise FormatError(f"{path}: this is {kind}, not a GGUF file")
-    if not status.st_size:
-        raise FormatError(f"{path}: the file is empty")
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+def _open_split(path: Path, header: Header) -> tuple[Header, list[Part], dict[str, TensorInfo]]:
+    """The first part's header, which has the metadata, all parts, and where all tensors lie."""
+    count, expected = _split_key(path, header, "split.count"), _split_key(path, header, "split.tensors.count")
+    headers, parts = [], []
+    tensors: dict[str, TensorInfo] = {}
+    for number, one in enumerate(_part_paths(path, _split_key(path, header, "split.no"), count)):
+        try:
+            file = map_file(one)
+        except FileNotFoundError:
+            raise FormatError(f"{path}: part {number + 1} of {count} is missing: {one.name}") from None
+        headers.append(read_header(file, one))
+        stated = {"split.no": number, "split.count": count, "split.tensors.count": expected}
+        for key, value in stated.items():
+            if (found := _split_key(one, headers[-1], key)) != value:
+                raise FormatError(f"{one}: {key} is {found}, not {value}: it is no part of the model of {path.name}")
+        for name, info in _layout(one, headers[-1], len(file)).items():
+            if name in tensors:
+                raise FormatError(f"{one}: tensor {shown(name)} is in part {tensors[name].part + 1} as well")
+            tensors[name] = dataclasses.replace(info, part=number)
+        parts.append(Part(one, file))
+    if len(tensors) != expected:
+        raise FormatError(f"{path}: the parts hold {len(tensors)} tensors, split.tensors.count is {expected}")
+    return headers[0], parts, tensors
 
 
-def _as_tensor(file: mmap.mmap) -> torch.Tensor:
-    """All bytes of the mapping as a uint8 tensor that owns it.
+def _split_key(path: Path, header: Header, key: str) -> int:
+    value = header.metadata.get(key)
+    if type(value) is not int or not 0 <= value <= MAX_TENSORS:
+        what = "missing" if value is None else shown(str(value))
+        raise FormatError(f"{path}: metadata key {key!r} is {what}; it must be a count")
+    return value
 
-    A copy-on-write mapping would be writable and spare the filter, but the kernel counts all of it
-    against memory: a 40 GB file could not be opened on a machine with 32 GB.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(file, dtype=torch.uint8)
+
+def _part_paths(path: Path, number: int, count: int) -> list[Path]:
+    """All parts of the split model that `path` is part `number` of, counted from 0."""
+    if not 1 <= count <= MAX_PARTS:
+        raise FormatError(f"{path}: split.count is {count}; 1 to {MAX_PARTS} are supported")
+    ending = f"-{number + 1:05d}-of-{count:05d}.gguf"
+    if not path.name.endswith(ending) or path.name == ending:
+        raise FormatError(f"{path}: a part of a split model; its name must end in {ending}, for the others to be found")
+    prefix = path.name.removesuffix(ending)
+    return [path.with_name(f"{prefix}-{one + 1:05d}-of-{count:05d}.gguf") for one in range(count)]
 
 
 def _layout(path: Path, header: Header, file_bytes: int) -> dict[str, TensorInfo]:

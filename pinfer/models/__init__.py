@@ -1,14 +1,27 @@
-"""Model families: one wiring file each over shared layers, and the table that names them."""
+"""Model families: a file for each kind of wiring over shared layers, and the table that names the families."""
 
 from pinfer.config import ModelConfig
-from pinfer.models.gemma3 import Gemma3Block
+from pinfer.models.falcon import FalconBlock
+from pinfer.models.ffns import Experts
+from pinfer.models.gemma import GemmaBlock
 from pinfer.models.layers import KVCache
 from pinfer.models.llama import LlamaBlock
 from pinfer.models.transformer import BlockBuilder, Transformer
 from pinfer.models.walk import LayerWalk
 from pinfer.models.weights import WeightSource, replace_weights
 
-FAMILIES: dict[str, BlockBuilder] = {"llama": LlamaBlock, "gemma3": Gemma3Block}
+FAMILIES: dict[str, BlockBuilder] = {
+    "llama": LlamaBlock,
+    "qwen2": LlamaBlock,
+    "qwen3": LlamaBlock,
+    "qwen3moe": LlamaBlock,
+    "gemma2": GemmaBlock,
+    "gemma3": GemmaBlock,
+    "phi3": LlamaBlock,
+    "falcon": FalconBlock,
+    "opt": LlamaBlock,
+    "bamboo": LlamaBlock,
+}
 
 
 def build_model(weights: WeightSource, config: ModelConfig, context: int) -> Transformer:
@@ -23,4 +36,13 @@ def build_model(weights: WeightSource, config: ModelConfig, context: int) -> Tra
     return Transformer(weights, config, FAMILIES[config.architecture], context)
 
 
-__all__ = ["FAMILIES", "KVCache", "LayerWalk", "Transformer", "WeightSource", "build_model", "replace_weights"]
+__all__ = [
+    "FAMILIES",
+    "Experts",
+    "KVCache",
+    "LayerWalk",
+    "Transformer",
+    "WeightSource",
+    "build_model",
+    "replace_weights",
+]

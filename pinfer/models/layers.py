@@ -6,6 +6,7 @@ Activations are float32 [T, …] for the T tokens of one sequence; weights stay 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from pinfer.config import ModelConfig, RopeConfig
-from pinfer.kernels.ops import attention, quant_matmul, rms_norm, rope
+from pinfer.kernels.ops import attention, layer_norm, quant_matmul, rms_norm, rope
 from pinfer.models.weights import WeightSource
 from pinfer.quant import QuantTensor
 
@@ -30,6 +31,30 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, eps=self.eps, residual=residual)
 
 
+class LayerNorm(nn.Module):
+    """(x - mean) / deviation · weight + bias over the last dimension (Ba et al. 2016); `bias` may be None."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = weight, bias, eps
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """x: float32 [..., D]; the normed x, added to `residual` where it is given."""
+        return layer_norm(x, self.weight, self.bias, eps=self.eps, residual=residual)
+
+
+def load_norm(weights: WeightSource, config: ModelConfig, name: str) -> RMSNorm | LayerNorm:
+    """The norm of that name ("blk.3.attn_norm"), of the kind that the model has."""
+    weight = weights.vector(f"{name}.weight")
+    if config.norm == "rms":
+        return RMSNorm(weight, config.norm_eps)
+    return LayerNorm(weight, optional_vector(weights, f"{name}.bias"), config.norm_eps)
+
+
+def optional_vector(weights: WeightSource, name: str) -> torch.Tensor | None:
+    return weights.vector(name) if weights.has(name) else None
+
+
 CPU = torch.device("cpu")
 ROPE_POSITIONS = 1024  # tabulated at first
 
@@ -37,7 +62,7 @@ ROPE_POSITIONS = 1024  # tabulated at first
 class Rope(nn.Module):
     """Rotary embedding (Su et al. 2021); the table of cos and sin grows with the positions asked for.
 
-    `factors` float32 [dim / 2] divides the frequencies (Llama 3's long-context scaling). Every device that
+    `factors` float32 [dim / 2] divides the frequencies (Llama 3's and Phi-3's long-context scaling). Every device that
     rotates has a table of its own (`add_device`), the CPU always.
     """
 
@@ -46,14 +71,14 @@ class Rope(nn.Module):
     def __init__(self, config: RopeConfig, factors: torch.Tensor | None = None) -> None:
         super().__init__()
         self.dim, self.interleaved = config.dim, config.style == "interleaved"
-        frequency = config.base ** (-torch.arange(0, config.dim, 2, dtype=torch.float64) / config.dim) / config.scale
-        self.frequency = frequency if factors is None else frequency / factors.double()  # float64 [dim / 2]
+        self.frequency = _frequencies(config) if factors is None else _frequencies(config) / factors.double()
+        self._size = config.attention_factor  # of the turned pairs
         self._tables = {CPU: (torch.empty(0), torch.empty(0))}
         self._tabulate(ROPE_POSITIONS)
 
     def _tabulate(self, positions: int) -> None:
         angle = torch.outer(torch.arange(positions, dtype=torch.float64), self.frequency)
-        cos, sin = angle.cos().float(), angle.sin().float()  # [positions, dim / 2]
+        cos, sin = ((self._size * part).float() for part in (angle.cos(), angle.sin()))  # [positions, dim / 2]
         self._tables = {device: (cos.to(device), sin.to(device)) for device in self._tables}
 
     @property
@@ -80,6 +105,25 @@ class Rope(nn.Module):
         """Rotate x [T, heads, head_dim], the tokens at positions start (int64 [1]), start + 1, …, all within the table."""
         cos, sin = self._tables[x.device]
         return rope(x, cos, sin, start, interleaved=self.interleaved)
+
+
+def _frequencies(config: RopeConfig) -> torch.Tensor:
+    """Radians a position, float64 [dim / 2]: scaled as a whole, or by YaRN, each dimension by how often it turns."""
+    pairs = torch.arange(0, config.dim, 2, dtype=torch.float64)
+    frequency = config.base ** (-pairs / config.dim)
+    if config.yarn is None:
+        return frequency / config.scale
+    assert config.original_context is not None  # RopeConfig asks for it
+    context, dim, slowness = config.original_context, config.dim, math.log(config.base)
+
+    def turning(times: float) -> float:
+        """The dimension, out of dim / 2, that turns so often over the original context."""
+        return dim * math.log(context / (2 * math.pi * times)) / (2 * slowness)
+
+    first, last = math.floor(turning(config.yarn.beta_fast)), math.ceil(turning(config.yarn.beta_slow))
+    first, last = max(first, 0), min(last, dim - 1)
+    scaled = ((pairs / 2 - first) / max(0.001, last - first)).clamp(0, 1)  # 0: kept, 1: scaled
+    return frequency * (1 - scaled + scaled / config.scale)
 
 
 class KVCache:
@@ -123,33 +167,46 @@ class KVCache:
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """query [H · head_dim, D], key and value [KV · head_dim, D], output [D, H · head_dim]; norms [head_dim] or None."""
+    """query [H · head_dim, D], key and value [KV · head_dim, D], output [D, H · head_dim].
+
+    Biases float32 [rows] and norms float32 [head_dim], or None.
+    """
 
     query: QuantTensor
     key: QuantTensor
     value: QuantTensor
     output: QuantTensor
+    query_bias: torch.Tensor | None
+    key_bias: torch.Tensor | None
+    value_bias: torch.Tensor | None
+    output_bias: torch.Tensor | None
     query_norm: torch.Tensor | None
     key_norm: torch.Tensor | None
 
     @classmethod
     def load(cls, weights: WeightSource, prefix: str) -> AttentionWeights:
-        """The attention of layer `prefix` ("blk.3."), with QK norms where the file has them."""
+        """The attention of layer `prefix` ("blk.3."), with the biases and QK norms that the file has."""
 
-        def matrix(name: str) -> QuantTensor:
-            return weights.tensor(f"{prefix}attn_{name}.weight")
+        def matrix(part: str) -> QuantTensor:
+            return weights.tensor(f"{prefix}attn_{part}.weight")
 
-        def norm(name: str) -> torch.Tensor | None:
-            full = f"{prefix}attn_{name}_norm.weight"
-            return weights.vector(full) if weights.has(full) else None
+        def vector(part: str) -> torch.Tensor | None:
+            return optional_vector(weights, f"{prefix}attn_{part}")
 
-        return cls(matrix("q"), matrix("k"), matrix("v"), matrix("output"), norm("q"), norm("k"))
+        return cls(
+            matrix("q"), matrix("k"), matrix("v"), matrix("output"),
+            vector("q.bias"), vector("k.bias"), vector("v.bias"), vector("output.bias"),
+            vector("q_norm.weight"), vector("k_norm.weight"),
+        )  # fmt: skip
 
 
 class Attention(nn.Module):
-    """Causal self-attention over a cache, with grouped keys, an optional window and optional QK norm."""
+    """Causal self-attention over a cache, with grouped keys, an optional window, optional QK norm and softcap.
 
-    def __init__(self, weights: AttentionWeights, config: ModelConfig, layer: int, rope: Rope) -> None:
+    `rope` None leaves queries and keys unturned: positions are in x.
+    """
+
+    def __init__(self, weights: AttentionWeights, config: ModelConfig, layer: int, rope: Rope | None) -> None:
         super().__init__()
         self.weights, self.config, self.layer, self.rope = weights, config, layer, rope
         self.window = config.sliding_window if config.is_sliding(layer) else None
@@ -158,17 +215,19 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """x: float32 [T, D], the tokens after `cache.length`; returns float32 [T, D]."""
-        query, key = self._heads(x, self.weights.query), self._heads(x, self.weights.key)
+        weights = self.weights
+        query, key = self._heads(x, weights.query, weights.query_bias), self._heads(x, weights.key, weights.key_bias)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         position = cache.position_on(x.device)
-        query, key = self.rope(query, position), self.rope(key, position)
+        if self.rope is not None:
+            query, key = self.rope(query, position), self.rope(key, position)
         keys, values = cache.layers[self.layer]
         mixed = attention(
-            query, key, self._heads(x, self.weights.value), keys, values, position,
-            scale=self.config.attention_scale, window=self.window,
+            query, key, self._heads(x, weights.value, weights.value_bias), keys, values, position,
+            scale=self.config.attention_scale, window=self.window, softcap=self.config.attention_softcap,
         )  # fmt: skip
-        return quant_matmul(mixed.view(x.shape[0], -1), self.weights.output)
+        return quant_matmul(mixed.view(x.shape[0], -1), weights.output, weights.output_bias)
 
-    def _heads(self, x: torch.Tensor, weight: QuantTensor) -> torch.Tensor:
-        return quant_matmul(x, weight).view(x.shape[0], -1, self.config.head_dim)
+    def _heads(self, x: torch.Tensor, weight: QuantTensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return quant_matmul(x, weight, bias).view(x.shape[0], -1, self.config.head_dim)

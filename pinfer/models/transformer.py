@@ -8,10 +8,10 @@ from typing import cast
 import torch
 from torch import nn
 
-from pinfer.config import ModelConfig
-from pinfer.ffn import DenseFFN
-from pinfer.kernels.ops import embed, quant_matmul
-from pinfer.models.layers import CPU, Attention, KVCache, RMSNorm, Rope
+from pinfer.config import ModelConfig, RopeConfig
+from pinfer.kernels.ops import add, embed, quant_matmul, softcap
+from pinfer.models.ffns import Experts, single_ffns
+from pinfer.models.layers import CPU, Attention, KVCache, LayerNorm, RMSNorm, Rope, load_norm
 from pinfer.models.weights import WeightSource
 
 
@@ -22,7 +22,7 @@ class Block(nn.Module):
     attention, norms, keys and values are; an `ffn` on another one fetches x and brings y back.
     """
 
-    attention_norm: RMSNorm
+    attention_norm: RMSNorm | LayerNorm
     attention: Attention
     ffn: nn.Module
 
@@ -31,7 +31,7 @@ class Block(nn.Module):
         return self.attention_norm.weight.device
 
 
-BlockBuilder = Callable[[WeightSource, ModelConfig, int, Rope], Block]
+BlockBuilder = Callable[[WeightSource, ModelConfig, int, Rope | None], Block]
 
 
 class Transformer(nn.Module):
@@ -41,15 +41,17 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.context = config, context
         self.embedding = weights.tensor("token_embd.weight")  # [V, D]
-        factors = weights.vector("rope_freqs.weight") if weights.has("rope_freqs.weight") else None
-        rope = Rope(config.rope, factors)
+        self.position_embedding = None  # [positions, D] where they are learned
+        if config.rope is None:
+            self.position_embedding = weights.tensor("position_embd.weight")[config.position_offset :]
+        rope = None if config.rope is None else Rope(config.rope, _frequency_factors(weights, config.rope, context))
         local = rope if config.rope_local is None else Rope(config.rope_local)
-        self.ropes = (rope,) if local is rope else (rope, local)
+        self.ropes = tuple({id(one): one for one in (rope, local) if one is not None}.values())
         ropes = [local if config.is_sliding(layer) else rope for layer in range(config.n_layers)]
         self.blocks = nn.ModuleList(
             build_block(weights, config, layer, ropes[layer]) for layer in range(config.n_layers)
         )
-        self.norm = RMSNorm(weights.vector("output_norm.weight"), config.norm_eps)
+        self.norm = load_norm(weights, config, "output_norm")
         self.head = weights.tensor("output.weight") if weights.has("output.weight") else self.embedding
 
     def forward(self, tokens: torch.Tensor, cache: KVCache, *, last_only: bool = False) -> torch.Tensor:
@@ -71,7 +73,8 @@ class Transformer(nn.Module):
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """The head: float32 [T, V] of states float32 [T, D]."""
-        return quant_matmul(_on(states, self.head.device), self.head)
+        product = quant_matmul(_on(states, self.head.device), self.head)
+        return product if self.config.logit_softcap is None else softcap(product, self.config.logit_softcap)
 
     def compute(
         self, tokens: torch.Tensor, cache: KVCache, *, last_only: bool = False, opens: bool = False
@@ -83,9 +86,16 @@ class Transformer(nn.Module):
         x = self._blocks(tokens, cache, opens)
         return self.logits(self._normed(x[-1:] if last_only else x))
 
-    def embedded(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the first block reads of tokens int64 [T]: float32 [T, D], where the embedding is."""
-        return embed(tokens, self.embedding, scale=self.config.embedding_scale)
+    def embedded(self, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """What the first block reads of tokens int64 [T], the first of them at `position` int64 [1], on the CPU.
+
+        Returns float32 [T, D], where the embedding is.
+        """
+        x = embed(tokens, self.embedding, scale=self.config.embedding_scale)
+        if self.position_embedding is None:
+            return x
+        positions = position if tokens.shape[0] == 1 else position + torch.arange(tokens.shape[0])
+        return add(x, embed(positions, self.position_embedding))
 
     def compute_embedded(self, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """`compute` of tokens that are embedded already, float32 [T, D]."""
@@ -101,7 +111,7 @@ class Transformer(nn.Module):
         return self.norm(_on(x, self.norm.weight.device))
 
     def _blocks(self, tokens: torch.Tensor, cache: KVCache, opens: bool) -> torch.Tensor:
-        return self._through(self.embedded(tokens), cache, opens)
+        return self._through(self.embedded(tokens, cache.position), cache, opens)
 
     def _through(self, x: torch.Tensor, cache: KVCache, opens: bool) -> torch.Tensor:
         for block in self.layers:
@@ -124,7 +134,27 @@ class Transformer(nn.Module):
         return cast(list[Block], list(self.blocks))
 
     def ffns(self) -> list[nn.Module]:
-        return [block.ffn for block in self.blocks]  # type: ignore[misc]
+        """Every FFN in order, of layers with experts each expert's: what is made sparse, fitted and counted by itself."""
+        return [ffn for block in self.layers for ffn in single_ffns(block.ffn)]
+
+    def replace_ffns(self, replaced: Callable[[int, nn.Module], nn.Module]) -> None:
+        """Put `replaced(number, ffn)` in place of every one of `ffns`, one after the other."""
+        number = 0
+        for block in self.layers:
+            if isinstance(block.ffn, Experts):
+                for place, ffn in enumerate(block.ffn.ffns):
+                    block.ffn.ffns[place] = replaced(number + place, ffn)
+                number += len(block.ffn.ffns)
+            else:
+                block.ffn = replaced(number, block.ffn)
+                number += 1
+
+    def ffn_name(self, number: int) -> str:
+        """Where the FFN of that number is: "layer 3", or "layer 3, expert 0"."""
+        if self.config.experts is None:
+            return f"layer {number}"
+        layer, expert = divmod(number, self.config.experts.count)
+        return f"layer {layer}, expert {expert}"
 
 
 def _on(x: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -132,10 +162,12 @@ def _on(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return x if x.device == device else x.to(device)
 
 
-def dense_ffn(weights: WeightSource, config: ModelConfig, prefix: str) -> DenseFFN:
-    """The FFN of layer `prefix` ("blk.3."), gated or not."""
-    up = weights.tensor(prefix + "ffn_up.weight")
-    down = weights.tensor(prefix + "ffn_down.weight")
-    if not config.gated:
-        return DenseFFN(up, None, down, config.activation)
-    return DenseFFN(weights.tensor(prefix + "ffn_gate.weight"), up, down, config.activation)
+def _frequency_factors(weights: WeightSource, rope: RopeConfig, context: int) -> torch.Tensor | None:
+    """Llama 3's, or of Phi-3's two kinds the one for a run of that context, as llama.cpp chooses; None without."""
+    if weights.has("rope_freqs.weight"):
+        return weights.vector("rope_freqs.weight")
+    if not weights.has("rope_factors_long.weight"):
+        return None
+    assert rope.original_context is not None  # `check_tensors` asks for it
+    which = "long" if context > rope.original_context else "short"
+    return weights.vector(f"rope_factors_{which}.weight")

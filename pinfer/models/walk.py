@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from pinfer.kernels.ops import embed
 from pinfer.models.layers import KVCache
 from pinfer.models.transformer import Transformer
 
@@ -28,7 +27,7 @@ class LayerWalk:
         self.model, self.layer = model, 0
         self._cache = KVCache.of_one_layer(model.config, longest)
         if residuals is None:
-            residuals = [embed(tokens, model.embedding, scale=model.config.embedding_scale) for tokens in sequences]
+            residuals = [model.embedded(tokens, torch.zeros(1, dtype=torch.int64)) for tokens in sequences]
         self.residuals = residuals
 
     def step(self, sequence: int) -> None:

@@ -47,11 +47,12 @@ class Magnitudes:
 class Accumulator:
     """One layer's statistics over `tokens` tokens, which arrive in order.
 
-    down_norms: float32 [N], ‖d_i‖. activation: its name. tokens: how many will come, for the halves and
+    down_norms: float32 [N], ‖d_i‖. activation: its name; cutoff: FATReLU's. tokens: how many will come, for the halves and
     for the tokens whose medians are taken.
     """
 
-    def __init__(self, down_norms: torch.Tensor, activation: str, tokens: int) -> None:
+    def __init__(self, down_norms: torch.Tensor, activation: str, tokens: int, cutoff: float = 0.0) -> None:
+        self._cutoff = cutoff
         n = down_norms.numel()
         self._norms, self._activation, self._tokens, self._seen = down_norms, activation, tokens, 0
         self._fired = torch.zeros(n, dtype=torch.int64)
@@ -65,7 +66,7 @@ class Accumulator:
 
     def add(self, x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None, hidden: torch.Tensor) -> None:
         """Count T tokens: x float32 [T, D], gate and up products and h float32 [T, N] (up None: not gated)."""
-        acted = activate(self._activation, gate)
+        acted = activate(self._activation, gate, self._cutoff)
         contribution = hidden.abs().mul_(self._norms)
         self._fired += _column_sums(self._firing(acted, contribution), np.int64)
         first = max(0, self._tokens // 2 - self._seen)

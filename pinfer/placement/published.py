@@ -1,8 +1,6 @@
 """Published models by name, so that a placement can be studied without their weights.
 
-Dimensions are those of the models' configuration files. The type mixes are llama.cpp's (`llama_tensor_get_type` in
-src/llama-quant.cpp): of attn_v and ffn_down, the layers of `use_more_bits` are Q6_K; a 70B model has the rest of attn_v
-in Q5_K, as eight heads share it; the head is Q6_K.
+Dimensions are those of the models' configuration files; the type mixes are llama.cpp's (`formats.type_mix`).
 """
 
 from __future__ import annotations
@@ -10,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from pinfer.formats.type_mix import LAYERS_OF_70B, MIXES, Facts, base_type, mixed_type
 from pinfer.kernels.transpose import transposed_type
 from pinfer.placement.shape import FLOAT_BYTES, ModelShape, PredictorShape, layer_shape
-from pinfer.quant import BY_NAME, Q4_0, Q4_K, Q5_K, Q6_K, QuantType, planes_row_bytes
+from pinfer.quant import Q4_0, QuantType, planes_row_bytes
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,6 @@ PUBLISHED |= {
     f"relullama-{size}": PUBLISHED[f"llama-2-{size}"] for size in ("7b", "13b", "70b")
 }  # SparseLLM's ReLU models keep Llama 2's dimensions
 
-# The base type of each mix, whose more important tensors are Q6_K.
-MIXES = {"q4_k_m": Q4_K, "q5_k_m": Q5_K}
-TYPES = (*(name.lower() for name in BY_NAME), *MIXES)
-_70B_LAYERS = 80  # llama.cpp knows a 70B by its layers and its shared keys
-
 Down = Literal["rows", "file"]
 
 
@@ -74,20 +68,8 @@ def tensor_type(type_name: str, part: str, layer: int, n_layers: int, *, is_70b:
     """The type of a layer's matrix ("attn_v", "ffn_down", …), of "token_embd" or of "output" in a file of that type or
     mix. ValueError for a name that is neither."""
     if type_name not in MIXES:
-        if type_name not in TYPES:
-            raise ValueError(f"type {type_name!r} is none of {', '.join(TYPES)}")
-        return BY_NAME[type_name.upper()]
-    important = part in ("attn_v", "ffn_down") and use_more_bits(layer, n_layers)
-    if important or part == "output":
-        return Q6_K
-    base = MIXES[type_name]
-    return Q5_K if is_70b and part == "attn_v" and base is Q4_K else base
-
-
-def use_more_bits(layer: int, n_layers: int) -> bool:
-    """llama.cpp's choice of layers: the first and the last eighth, and every third in between."""
-    eighth = n_layers // 8
-    return layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
+        return base_type(type_name)
+    return mixed_type(type_name, part, layer, Facts(n_layers, is_70b=is_70b))
 
 
 def attention_matrices(dims: Dimensions) -> dict[str, tuple[int, int]]:
@@ -120,7 +102,7 @@ def published_shape(
     if name not in PUBLISHED:
         raise ValueError(f"shape {name!r} is none of {', '.join(PUBLISHED)}")
     dims, predictor = PUBLISHED[name], predictor or PredictorShape.dense()
-    is_70b = dims.n_layers == _70B_LAYERS and dims.n_heads != dims.n_kv_heads
+    is_70b = dims.n_layers == LAYERS_OF_70B and dims.n_heads != dims.n_kv_heads
 
     def kind(part: str, layer: int = 0) -> QuantType:
         return tensor_type(type_name, part, layer, dims.n_layers, is_70b=is_70b)

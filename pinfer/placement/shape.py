@@ -76,8 +76,8 @@ class LayerShape:
 class ModelShape:
     """A model's layers in order, and what surrounds them.
 
-    head_bytes: the head and the last norm, read at every token. embedding_bytes: 0 where the head serves as it;
-    a token reads one row of it, so it stays on the CPU. d_model: D. vocab_size: of the logits.
+    head_bytes: the head and the last norm, read at every token. embedding_bytes: with learned positions; of the
+    embedding 0 where the head serves as it. A token reads one row of either, so they stay on the CPU. d_model: D. vocab_size: of the logits.
     gpu_head_bytes: the head as it lies on a GPU; None where that is the same. rope_position_bytes: of one position in
     all tables of the rotary embedding; 0 leaves them to the margin.
     """

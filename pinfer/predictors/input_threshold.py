@@ -31,11 +31,19 @@ class InputThreshold(NamedTuple):
 
 
 def fit_input_threshold(
-    x: torch.Tensor, gate: QuantTensor, up: QuantTensor | None, activation: str, sparsity: float
+    x: torch.Tensor,
+    gate: QuantTensor,
+    up: QuantTensor | None,
+    activation: str,
+    sparsity: float,
+    *,
+    gate_bias: torch.Tensor | None = None,
+    cutoff: float = 0.0,
 ) -> InputThreshold:
     """Thresholds that skip a share `sparsity` of inputs, and of what hidden values these leave, over x float32 [T, D].
 
-    gate, up: QuantTensor [N, D] as a file has them, up None for an FFN without. Leave first tokens out of x. More
+    gate, up: QuantTensor [N, D] as a file has them, up None for an FFN without; gate_bias float32 [N] or
+    None, added to the gate product; cutoff FATReLU's. Leave first tokens out of x. More
     is skipped where more are zero than that share. ValueError unless sparsity lies in [0, 1) and x is finite.
     """
     if not 0 <= sparsity < 1:
@@ -45,7 +53,8 @@ def fit_input_threshold(
     of_inputs = quantile(x.abs(), sparsity)
     some = x[:: max(1, -(-x.shape[0] * gate.rows // KEPT_VALUES))]
     kept = torch.where(some.abs() <= of_inputs, 0.0, some)
-    hidden = glu(quant_matmul(kept, gate), None if up is None else quant_matmul(kept, up), activation=activation)
+    up_values = None if up is None else quant_matmul(kept, up)
+    hidden = glu(quant_matmul(kept, gate, gate_bias), up_values, activation=activation, cutoff=cutoff)
     return InputThreshold(float(of_inputs), float(quantile(hidden.abs(), sparsity)))
 
 

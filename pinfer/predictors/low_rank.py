@@ -74,7 +74,8 @@ class LowRank(Predictor):
     """first: QuantTensor [R, D]; second: QuantTensor [N, R]; threshold: float32 [1] or [N].
 
     The scores second · (first · x) are compared as they are, or by |act(score)| where
-    `by_magnitude` says so.
+    `by_magnitude` says so. gate_bias: float32 [N] or None, of the gate product, and so of the scores of factors that
+    were fitted to it; trained ones have learnt theirs. cutoff: FATReLU's.
     """
 
     def __init__(
@@ -87,8 +88,11 @@ class LowRank(Predictor):
         by_magnitude: bool,
         quality: PredictorQuality | None = None,
         cuts: Cuts | None = None,
+        gate_bias: torch.Tensor | None = None,
+        cutoff: float = 0.0,
     ) -> None:
         super().__init__()
+        self.gate_bias, self.cutoff = gate_bias, cutoff
         if first.rows != second.columns or threshold.shape not in ((1,), (second.rows,)):
             raise ValueError(
                 f"first {first!r}, second {second!r} and threshold {list(threshold.shape)}: "
@@ -103,13 +107,22 @@ class LowRank(Predictor):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> Prediction:
         magnitude_of = self.activation if self.by_magnitude else None
-        named = threshold_matmul(quant_matmul(x, self.first), self.second, self.threshold, magnitude_of=magnitude_of)
+        named = threshold_matmul(
+            quant_matmul(x, self.first),
+            self.second,
+            self.threshold,
+            magnitude_of=magnitude_of,
+            gate_bias=self.gate_bias,
+            cutoff=self.cutoff if self.by_magnitude else 0.0,
+        )
         return Prediction(named.active, named.mask, None)  # its values are estimates of the gate
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         """What `forward` compares with the threshold, float32 [T, N], for x float32 [T, D]; calibration wants all of it."""
-        gates = quant_matmul(quant_matmul(x, self.first), self.second)
-        return glu(gates, activation=self.activation, magnitude=True) if self.by_magnitude else gates
+        gates = quant_matmul(quant_matmul(x, self.first), self.second, self.gate_bias)
+        if not self.by_magnitude:
+            return gates
+        return glu(gates, activation=self.activation, magnitude=True, cutoff=self.cutoff)
 
     def shard(self, neurons: torch.Tensor) -> LowRank:
         threshold = self.threshold if self.threshold.numel() == 1 else self.threshold[neurons]
@@ -120,24 +133,38 @@ class LowRank(Predictor):
             self.activation,
             by_magnitude=self.by_magnitude,
             quality=self.quality,
+            gate_bias=None if self.gate_bias is None else self.gate_bias[neurons],
+            cutoff=self.cutoff,
         )
         part.density = self.density
         return part
 
 
-def fit_low_rank(gate: QuantTensor, activation: str, inputs: CalibrationInputs, settings: LowRankSettings) -> LowRank:
+def fit_low_rank(
+    gate: QuantTensor,
+    activation: str,
+    inputs: CalibrationInputs,
+    settings: LowRankSettings,
+    *,
+    gate_bias: torch.Tensor | None = None,
+    cutoff: float = 0.0,
+) -> LowRank:
     """A predictor for the gate [N, D], with its `quality` on `inputs.report`; the same one for the same inputs.
+
+    gate_bias: float32 [N] or None, added to the gate product; cutoff: FATReLU's.
 
     ValueError for settings that the gate cannot take.
     """
     settings.check(activation, *gate.shape)
     first, second = approximate(gate, inputs.fit, settings.rank)
-    bar = _bar(activation, quant_matmul(inputs.fit, gate), settings.sparsity)
+    bar = _bar(_sizes(activation, cutoff, quant_matmul(inputs.fit, gate, gate_bias)), settings.sparsity)
     everything = torch.full((1,), -math.inf, device=gate.device)
-    predictor = LowRank(first, second, everything, activation, by_magnitude=_both_signs_count(activation, bar))
-    _set_threshold(predictor, quant_matmul(inputs.threshold, gate), inputs.threshold, bar, settings.recall)
+    signs = _both_signs_count(activation, bar)
+    predictor = LowRank(first, second, everything, activation, by_magnitude=signs, gate_bias=gate_bias, cutoff=cutoff)
+    _set_threshold(predictor, quant_matmul(inputs.threshold, gate, gate_bias), inputs.threshold, bar, settings.recall)
     named = passes(predictor.scores(inputs.report), predictor.threshold)
-    active = passes(_sizes(activation, quant_matmul(inputs.report, gate)), named.new_tensor([bar], dtype=torch.float32))
+    sizes = _sizes(activation, cutoff, quant_matmul(inputs.report, gate, gate_bias))
+    active = passes(sizes, sizes.new_tensor([bar]))
     predictor.quality = PredictorQuality(share_of(named, active), *(float(m.double().mean()) for m in (active, named)))
     return predictor
 
@@ -226,34 +253,34 @@ def stored_type(columns: int) -> QuantType:
     return F16 if columns % Q8_0.block_size else Q8_0
 
 
-def _sizes(activation: str, gates: torch.Tensor) -> torch.Tensor:
+def _sizes(activation: str, cutoff: float, gates: torch.Tensor) -> torch.Tensor:
     """What decides whether a neuron is truly active: |act(g)| of gates [T, N]."""
-    return activate(activation, gates).abs()
+    return activate(activation, gates, cutoff).abs()
 
 
 def _both_signs_count(activation: str, bar: float) -> bool:
     """Whether a negative gate can be truly active: the activation dips below zero by more than `bar`."""
     negative = torch.linspace(-20, 0, 20_001)
-    return bool(_sizes(activation, negative).max() > bar)
+    return bool(_sizes(activation, 0.0, negative).max() > bar)
 
 
-def _bar(activation: str, gates: torch.Tensor, sparsity: float | None) -> float:
-    """What |act(g)| exceeds in truly active neurons, from gates [T, N]."""
+def _bar(sizes: torch.Tensor, sparsity: float | None) -> float:
+    """What |act(g)| exceeds in truly active neurons, from such sizes [T, N]."""
     if sparsity is None:
         return 0.0
-    sizes = _sizes(activation, gates).flatten()
+    sizes = sizes.flatten()
     return float(sizes.kthvalue(round(sparsity * sizes.numel())).values) if sparsity else NO_BAR
 
 
 def _set_threshold(predictor: LowRank, gates: torch.Tensor, inputs: torch.Tensor, bar: float, recall: float) -> None:
     """Let a share `recall` of the active neurons pass, over inputs [T, D] with true gates [T, N]."""
     scores = predictor.scores(inputs)
-    active = passes(_sizes(predictor.activation, gates), gates.new_tensor([bar]))
+    active = passes(_sizes(predictor.activation, predictor.cutoff, gates), gates.new_tensor([bar]))
     base, scale = gates.new_zeros(1), gates.new_ones(1)
     if not predictor.by_magnitude:
         error = (gates - scores).std(dim=0, correction=0)  # [N]
         scale = error.clamp_min(max(1e-20, 1e-4 * float(error.mean())))
-        base = base + _edge(predictor.activation, bar)
+        base = base + _edge(predictor.activation, predictor.cutoff, bar)
     margins = (scores - base) / scale
     predictor.cuts = Cuts.of(margins, base, scale)
     if bar != NO_BAR:
@@ -268,9 +295,9 @@ def _passed_by(needed: torch.Tensor, share: float, like: torch.Tensor) -> torch.
     return enough + 1e-5 * enough.abs() + 1e-12
 
 
-def _edge(activation: str, bar: float) -> float:
-    """The gate g >= 0 at which act(g) reaches `bar`, by bisection (act rises there)."""
-    low, high = 0.0, 1.0
+def _edge(activation: str, cutoff: float, bar: float) -> float:
+    """The gate g >= cutoff at which act(g) reaches `bar`, by bisection (act rises there)."""
+    low, high = cutoff, max(1.0, 2 * cutoff)
     while float(activate(activation, torch.tensor(high))) < bar:
         high *= 2
     for _ in range(50):

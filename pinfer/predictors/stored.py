@@ -30,10 +30,20 @@ class Packed(NamedTuple):
 
 
 class GateOf(NamedTuple):
-    """What a layer's predictor reads of the model: gate QuantTensor [N, D], and the activation's name."""
+    """What a layer's predictor reads of the model: gate QuantTensor [N, D], the activation's name and its cutoff.
+
+    gate_bias: float32 [N] or None, added to the gate product.
+    """
 
     gate: QuantTensor
     activation: str
+    gate_bias: torch.Tensor | None = None
+    cutoff: float = 0.0
+
+    @property
+    def extras(self) -> dict[str, Any]:
+        """The bias and the cutoff, as predictors take them."""
+        return {"gate_bias": self.gate_bias, "cutoff": self.cutoff}
 
 
 def pack(predictors: Sequence[Predictor]) -> Packed:
@@ -86,7 +96,7 @@ def _parts(predictor: Predictor) -> tuple[Tensors, dict[str, Any]]:
         tensors, rest = {"threshold": predictor.threshold}, {"kind": "low_rank"}
         _put(tensors, rest, "first", predictor.first)
         _put(tensors, rest, "second", predictor.second)
-        return tensors, rest | {"by_magnitude": predictor.by_magnitude}
+        return tensors, rest | {"by_magnitude": predictor.by_magnitude, "biased": predictor.gate_bias is not None}
     raise ValueError(f"{type(predictor).__name__} is made of the model itself: there is nothing to keep")
 
 
@@ -113,23 +123,24 @@ def _vector(tensors: Tensors, name: str, sizes: tuple[int, ...], dtype: torch.dt
 
 
 def _gate_threshold(tensors: Tensors, rest: Mapping[str, Any], of: GateOf) -> Predictor:
-    return GateThreshold(of.gate, of.activation, _vector(tensors, "threshold", (1,)))
+    return GateThreshold(of.gate, of.activation, _vector(tensors, "threshold", (1,)), **of.extras)
 
 
 def _sign_bits(tensors: Tensors, rest: Mapping[str, Any], of: GateOf) -> Predictor:
     signs, words = tensors["signs"], -(-of.gate.columns // 32)
     if signs.dtype != torch.int32 or signs.shape != (of.gate.rows, words):
         raise ValueError(f"signs are {signs.dtype} {list(signs.shape)}, expected int32 [{of.gate.rows}, {words}]")
-    return SignBits(signs, _vector(tensors, "threshold", (1,), torch.int32))
+    return SignBits(signs, _vector(tensors, "threshold", (1, of.gate.rows), torch.int32))
 
 
 def _weighted_threshold(tensors: Tensors, rest: Mapping[str, Any], of: GateOf) -> Predictor:
     neurons, width = of.gate.shape
     threshold = _vector(tensors, "threshold", (neurons,))
     if not rest["shifted"]:
-        return WeightedThreshold(of.gate, of.activation, threshold, None, None)
+        return WeightedThreshold(of.gate, of.activation, threshold, None, None, **of.extras)
     matrix = _weight(tensors, rest, "compensation", width, width)
-    return WeightedThreshold(of.gate, of.activation, threshold, _vector(tensors, "shift", (neurons,)), matrix)
+    shift = _vector(tensors, "shift", (neurons,))
+    return WeightedThreshold(of.gate, of.activation, threshold, shift, matrix, **of.extras)
 
 
 def _low_rank(tensors: Tensors, rest: Mapping[str, Any], of: GateOf) -> Predictor:
@@ -137,7 +148,10 @@ def _low_rank(tensors: Tensors, rest: Mapping[str, Any], of: GateOf) -> Predicto
     rank = int(rest["second_columns"])
     first, second = (_weight(tensors, rest, *side) for side in (("first", rank, width), ("second", neurons, rank)))
     threshold = _vector(tensors, "threshold", (1, neurons))
-    return LowRank(first, second, threshold, of.activation, by_magnitude=bool(rest["by_magnitude"]))
+    # Factors fitted to the gate want its bias; trained ones, and those of models without, do not.
+    bias = of.gate_bias if rest.get("biased") else None
+    magnitude = bool(rest["by_magnitude"])
+    return LowRank(first, second, threshold, of.activation, by_magnitude=magnitude, gate_bias=bias, cutoff=of.cutoff)
 
 
 _BUILDERS = {

@@ -37,19 +37,24 @@ CHUNK_BYTES = 64 << 20  # of dequantised weights at a time
 
 
 class FFNMatrices(NamedTuple):
-    """An FFN as a file has it: gate and up QuantTensor [N, D], down [D, N]; its activation."""
+    """An FFN as a file has it: gate and up QuantTensor [N, D], down [D, N]; its activation, and a cutoff of that.
+
+    gate_bias: float32 [N] or None, added to the gate product.
+    """
 
     gate: QuantTensor
     up: QuantTensor
     down: QuantTensor
     activation: str
+    gate_bias: torch.Tensor | None = None
+    cutoff: float = 0.0
 
 
 class WeightedThreshold(Predictor):
     """Keeps neurons with |act(g_i · x) - shift_i| above their thresholds.
 
     gate: QuantTensor [N, D]; threshold: float32 [N]; shift: float32 [N] or None; compensation:
-    QuantTensor [D, D] or None.
+    QuantTensor [D, D] or None; gate_bias: float32 [N] or None, added to the gate product; cutoff: FATReLU's.
     """
 
     opens_dense = True
@@ -63,9 +68,12 @@ class WeightedThreshold(Predictor):
         shift: torch.Tensor | None,
         compensation: QuantTensor | None,
         cuts: Cuts | None = None,
+        *,
+        gate_bias: torch.Tensor | None = None,
+        cutoff: float = 0.0,
     ) -> None:
         super().__init__()
-        self.gate, self.activation = gate, activation
+        self.gate, self.activation, self.gate_bias, self.cutoff = gate, activation, gate_bias, cutoff
         self.threshold, self.shift, self.compensation, self.cuts = threshold, shift, compensation, cuts
 
     @property
@@ -73,12 +81,21 @@ class WeightedThreshold(Predictor):
         return 0 if self.compensation is None else self.compensation.nbytes
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> Prediction:
-        named = threshold_matmul(x, self.gate, self.threshold, magnitude_of=self.activation, shift=self.shift)
+        named = threshold_matmul(
+            x,
+            self.gate,
+            self.threshold,
+            magnitude_of=self.activation,
+            shift=self.shift,
+            gate_bias=self.gate_bias,
+            cutoff=self.cutoff,
+        )
         return Prediction(named.active, named.mask, named.values, self.shift)
 
     def shard(self, neurons: torch.Tensor) -> WeightedThreshold:
-        shift = None if self.shift is None else self.shift[neurons]
-        part = WeightedThreshold(self.gate[neurons], self.activation, self.threshold[neurons], shift, None)
+        shift, bias = (None if one is None else one[neurons] for one in (self.shift, self.gate_bias))
+        gate, threshold = self.gate[neurons], self.threshold[neurons]
+        part = WeightedThreshold(gate, self.activation, threshold, shift, None, gate_bias=bias, cutoff=self.cutoff)
         part.density = self.density
         return part
 
@@ -95,7 +112,8 @@ def fit_weighted_threshold(ffn: FFNMatrices, x: torch.Tensor, *, shifted: bool) 
         raise ValueError("an FFN's inputs are not finite: the weights are damaged")
     centers, weights, sizes = [], [], []
     for part in _chunks(ffn.gate, x.shape[0]):
-        values = activate(ffn.activation, quant_matmul(x, ffn.gate[part]))  # [T, n]
+        bias = None if ffn.gate_bias is None else ffn.gate_bias[part]
+        values = activate(ffn.activation, quant_matmul(x, ffn.gate[part], bias), ffn.cutoff)  # [T, n]
         centers.append(values.median(dim=0).values if shifted else torch.zeros_like(values[0]))
         up = quant_matmul(x, ffn.up[part])
         counts = up.clamp_min(0) if ffn.activation in CLAMPS_UP else up.abs()
@@ -104,7 +122,16 @@ def fit_weighted_threshold(ffn: FFNMatrices, x: torch.Tensor, *, shifted: bool) 
     center, scale = torch.cat(centers), 1 / torch.cat(weights)
     cuts = Cuts.of(torch.cat(sizes, dim=1), scale.new_zeros(1), scale)
     shift, compensation = (center, compensation_of(ffn, center, x)) if shifted else (None, None)
-    return WeightedThreshold(ffn.gate, ffn.activation, cuts.threshold(1.0), shift, compensation, cuts)
+    return WeightedThreshold(
+        ffn.gate,
+        ffn.activation,
+        cuts.threshold(1.0),
+        shift,
+        compensation,
+        cuts,
+        gate_bias=ffn.gate_bias,
+        cutoff=ffn.cutoff,
+    )
 
 
 def compensation_of(ffn: FFNMatrices, center: torch.Tensor, x: torch.Tensor) -> QuantTensor:

@@ -26,7 +26,6 @@ from pinfer.ffn import SparseFFN
 from pinfer.input_sparse_ffn import InputSparseFFN, Thresholds
 from pinfer.kernels.activation import ZERO_BELOW_ZERO, activate, hidden_of
 from pinfer.kernels.norms import row_norms
-from pinfer.kernels.ops import input_sparse_matmul, quant_matmul
 from pinfer.kernels.select_active.reference import passes
 from pinfer.models import Transformer
 from pinfer.predictors import Prediction
@@ -122,7 +121,8 @@ class NeuronObserver:
     """
 
     def __init__(self, model: Transformer) -> None:
-        """ValueError for a model with a dense layer."""
+        """ValueError for a model with a dense layer, or with experts."""
+        model.config.without_experts("what predictors name against what inputs call for")
         self._ffns = model.ffns()
         self._shards: list[list[tuple[Watched, torch.Tensor]]] = []
         for layer, ffn in enumerate(self._ffns):
@@ -162,11 +162,11 @@ def _collector(shard: SparseFFN, norms: torch.Tensor, parts: list[Part]) -> Call
     """What a shard calls with some tokens and the neurons it computes for them."""
 
     def collect(x: torch.Tensor, prediction: Prediction) -> None:
-        gate = quant_matmul(x, shard.weights.gate) if prediction.gate_values is None else prediction.gate_values
-        up = None if shard.weights.up is None else quant_matmul(x, shard.weights.up)
-        weight = hidden_of(shard.activation, gate, up, prediction.shift).abs() * norms
+        gate, up = shard.products(x, prediction)
+        weight = hidden_of(shard.activation, gate, up, prediction.shift, shard.cutoff).abs() * norms
         computed = computed_neurons(prediction, len(x))
-        fired, count = activate(shard.activation, gate) != 0, computed.sum(1, keepdim=True)
+        fired = activate(shard.activation, gate, shard.cutoff) != 0
+        count = computed.sum(1, keepdim=True)
         # Hot neurons may be on a GPU, cold ones are not.
         parts.append((weight.cpu(), computed.cpu(), fired.cpu(), count.cpu()))
 
@@ -179,12 +179,11 @@ def _input_collector(
     """What an InputSparseFFN calls with some tokens, their hidden values and the thresholds of both."""
 
     def collect(x: torch.Tensor, hidden: torch.Tensor, thresholds: Thresholds) -> None:
-        gate = input_sparse_matmul(x, ffn.weights.gate, ffn.everything[0])
-        up = None if ffn.weights.up is None else input_sparse_matmul(x, ffn.weights.up, ffn.everything[0])
-        weight = hidden_of(ffn.activation, gate, up).abs() * norms
+        gate, up = ffn.products(x)
+        weight = hidden_of(ffn.activation, gate, up, cutoff=ffn.cutoff).abs() * norms
         inputs, computed = (passes(one.abs(), limit) for one, limit in zip((x, hidden), thresholds, strict=True))
         work = ffn.activity.worth(inputs.sum(1, keepdim=True), computed.sum(1, keepdim=True))
-        parts.append((weight, computed, activate(ffn.activation, gate) != 0, work))
+        parts.append((weight, computed, activate(ffn.activation, gate, ffn.cutoff) != 0, work))
 
     return collect
 

@@ -56,7 +56,7 @@ def make_calibration(
             tell(f"{solved.path} is calibrated for this already")
             return done.figures
         ledger = _Measured(solved, {key: one for key, one in settings.items() if key != "target"}, tell)
-        prepared = Prepared(engine.gguf, engine.config, tell)
+        prepared = Prepared(engine.file, engine.config, tell)
         with engine.computing():
             found = calibrate(
                 engine.model,

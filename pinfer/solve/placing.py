@@ -37,7 +37,7 @@ class PlacePlan:
 
 def check_layers(engine: Engine, wanted: PlacePlan) -> None:
     """ValueError where the layers asked for do not fit even without predictors: told before those are made."""
-    shape = model_shape(engine.gguf, engine.config, "dense", rearranged=not wanted.emulated)
+    shape = model_shape(engine.file, engine.config, "dense", rearranged=not wanted.emulated)
     none = [np.zeros(layer.n_neurons) for layer in shape.layers]
     try:
         check_pinned(_problem(engine, shape, none, wanted))
@@ -66,7 +66,7 @@ def make_plan(
             return done.figures
         statistics = from_tensors(solved.read_tensors(ACTIVATIONS), engine.config.n_layers)
         rates = measured_rates(statistics, density=mean_density(kept_densities(solved)))
-        shape = model_shape(engine.gguf, engine.config, method.method, predictors, rearranged=not wanted.emulated)
+        shape = model_shape(engine.file, engine.config, method.method, predictors, rearranged=not wanted.emulated)
         found = solve(_problem(engine, shape, rates, wanted))
         figures = {
             "gpu_bytes": found.memory.gpu_bytes,

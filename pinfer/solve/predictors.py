@@ -128,6 +128,7 @@ def trained_predictor(result: LayerResult, of: GateOf) -> LowRank:
         by_magnitude=False,
         quality=PredictorQuality(reached[0].recall, figures.density, density),
         cuts=trained.cuts,
+        cutoff=of.cutoff,
     )
     predictor.density = density
     return predictor

@@ -62,7 +62,8 @@ void add_matmul(Memory& m) {
     const int32_t int8 = type.size > 1 && !one_in(4);
     uint8_t* scratch = int8 ? m.scratch(pinfer_scratch_bytes(tokens, w.columns)) : nullptr;
     m.step(PINFER_MATMUL, pinfer_matmul_arguments{w, m.floats(tokens * w.columns), tokens, int8,
-                                                  m.output(tokens * w.rows), scratch});
+                                                  one_in(2) ? nullptr : m.floats(w.rows), m.output(tokens * w.rows),
+                                                  scratch});
 }
 
 void add_select(Memory& m) {
@@ -93,7 +94,8 @@ void add_sparse_ffn(Memory& m) {
     a.indices = m.of(listed), a.count = m.of<int32_t>({int32_t(listed.size())});
     a.mask = mask, a.gate_values = one_in(3) ? m.floats(tokens * neurons) : nullptr;
     a.shift = one_in(3) ? m.floats(neurons) : nullptr;
-    a.activation = int32_t(below(5)), a.int8 = int32_t(below(2));
+    a.gate_bias = one_in(3) ? m.floats(neurons) : nullptr, a.cutoff = one_in(3) ? 0.5f : 0.0f;
+    a.activation = int32_t(below(6)), a.int8 = int32_t(below(2));
     a.y = m.output(tokens * columns), a.hidden = m.output(neurons * tokens, false);
     a.scratch = a.int8 ? m.scratch(2 * pinfer_scratch_bytes(tokens, columns)) : nullptr;
     m.step(PINFER_SPARSE_FFN, a);
@@ -111,15 +113,20 @@ void add_input_sparse(Memory& m) {
 
 void add_elementwise(Memory& m) {
     const int64_t count = one_in(3) ? from_to(8000, 17000) : from_to(0, 70);
-    if (one_in(2)) {
+    if (one_in(4)) {
+        m.step(PINFER_SOFTCAP, pinfer_softcap_arguments{m.floats(count), count, 0.7f, m.output(count)});
+        return;
+    }
+    if (one_in(3)) {
         m.step(PINFER_ADD, pinfer_add_arguments{m.floats(count), m.floats(count), count, m.output(count)});
         return;
     }
     const float* up = one_in(2) ? m.floats(count) : nullptr;
     const int64_t neurons = count && count % 7 == 0 ? count / 7 : count;
     const float* shift = one_in(2) ? m.floats(neurons) : nullptr;
-    m.step(PINFER_GLU, pinfer_glu_arguments{m.floats(count), up, shift, count, neurons, int32_t(below(5)),
-                                            up ? 0 : int32_t(below(2)), m.output(count)});
+    m.step(PINFER_GLU, pinfer_glu_arguments{m.floats(count), up, shift, one_in(2) ? m.floats(neurons) : nullptr, count,
+                                            neurons, int32_t(below(6)), up ? 0 : int32_t(below(2)),
+                                            one_in(3) ? 0.5f : 0.0f, m.output(count)});
 }
 
 void add_sign_scores(Memory& m) {
@@ -132,6 +139,13 @@ void add_sign_scores(Memory& m) {
 
 void add_norm(Memory& m) {
     const int64_t rows = from_to(0, 9), columns = from_to(1, 200);
+    if (one_in(2)) {
+        m.step(PINFER_LAYER_NORM,
+               pinfer_layer_norm_arguments{m.floats(rows * columns), m.floats(columns), one_in(2) ? m.floats(columns) : nullptr,
+                                           one_in(2) ? m.floats(rows * columns) : nullptr, rows, columns, 1e-5f,
+                                           m.output(rows * columns)});
+        return;
+    }
     m.step(PINFER_RMS_NORM, pinfer_rms_norm_arguments{m.floats(rows * columns), m.floats(columns),
                                                       one_in(2) ? m.floats(rows * columns) : nullptr, rows, columns,
                                                       1e-5f, m.output(rows * columns)});
@@ -153,7 +167,7 @@ void add_attention(Memory& m) {
            pinfer_attention_arguments{m.floats(tokens * heads * d), m.floats(kv), m.floats(kv),
                                       m.floats(kv_heads * context * d), m.floats(kv_heads * context * d),
                                       m.of<int64_t>({start}), tokens, heads, kv_heads, d, context,
-                                      one_in(2) ? 0 : from_to(1, 20), 0.2f, m.output(tokens * heads * d),
+                                      one_in(2) ? 0 : from_to(1, 20), 0.2f, one_in(2) ? 0.0f : 0.9f, m.output(tokens * heads * d),
                                       m.output(3 * (context + 64), false)});  // 64: room for a vector
 }
 

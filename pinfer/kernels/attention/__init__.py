@@ -18,6 +18,7 @@ def _make_inputs(
     head_dim: int,
     start: int,
     window: int | None = None,
+    softcap: float | None = None,
     room: int = 3,
 ) -> dict[str, Any]:
     cache = (kv_heads, start + tokens + room, head_dim)
@@ -30,6 +31,7 @@ def _make_inputs(
         "start": torch.tensor([start], device=generator.device),
         "scale": head_dim**-0.5,
         "window": window,
+        "softcap": softcap,
     }
 
 
@@ -59,6 +61,11 @@ OP = Op(
         {"tokens": 16, "heads": 2, "kv_heads": 2, "head_dim": 16, "start": 0},
         {"tokens": 19, "heads": 2, "kv_heads": 1, "head_dim": 16, "start": 2, "window": 7},
         {"tokens": 45, "heads": 3, "kv_heads": 1, "head_dim": 20, "start": 21, "room": 0},
+        *(
+            {"tokens": tokens, "heads": 4, "kv_heads": 2, "head_dim": 24, "start": 37, "window": window, "softcap": cap}
+            for tokens, window, cap in ((1, None, 50.0), (1, 9, 0.3), (3, None, 1.0), (19, 7, 0.7))
+        ),
+        {"tokens": 140, "heads": 1, "kv_heads": 1, "head_dim": 8, "start": 3, "window": 30, "softcap": 2.0},
     ),
     bench_cases=({"tokens": 1, "heads": 32, "kv_heads": 32, "head_dim": 128, "start": 1000},),
     bytes_moved=_bytes_moved,

@@ -26,6 +26,7 @@ import triton.language as tl
 
 from pinfer.kernels.aot import FLOATS, LONGS, Build
 from pinfer.kernels.attention.reference import check_inputs
+from pinfer.kernels.softcap.gpu import hyperbolic_tangent
 
 LOG2_E = 1.4426950408889634  # goes into the scale, as exp2 is one instruction and exp two
 NO_WINDOW = 2**31 - 1
@@ -49,9 +50,12 @@ def _shares(start_ptr, tokens, context, window, splits, BLOCK_P: tl.constexpr):
 @triton.jit
 def _attend(
     q, place, keys_ptr, values_ptr, stride, first, end, window, peak, total, mixed,
+    softcap, CAPPED: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of rows at `place` [R] over places first to end - 1, whose keys lie `stride` apart.
+
+    CAPPED: q · k becomes softcap · tanh(q · k), to base 2 only then.
 
     Every BLOCK_P-th place has a softmax of its own (peak, total [R, P], mixed [R, P, D]): only q · k is
     summed over threads here, and no warp waits for another.
@@ -70,7 +74,10 @@ def _attend(
         p = (begin + tl.arange(0, BLOCK_P))[None, :]
         age = place[:, None] - p
         visible = (p < end) & (age >= 0) & (age < window)
-        scores = tl.where(visible, tl.sum(q * k, axis=2), float("-inf"))  # [R, P]
+        scores = tl.sum(q * k, axis=2)  # [R, P]
+        if CAPPED:
+            scores = softcap * hyperbolic_tangent(scores)
+        scores = tl.where(visible, scores, float("-inf"))
         top = tl.maximum(peak, scores)
         base = tl.where(top == float("-inf"), 0.0, top)  # nothing seen yet: -inf - -inf would be NaN
         weight, keep = tl.exp2(scores - base), tl.exp2(peak - base)
@@ -91,8 +98,8 @@ def _store(cache_ptr, new_ptr, token, kv_heads, column, mask, HEAD_DIM: tl.const
 @triton.jit
 def _attention_kernel(
     query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, start_ptr, mixed_ptr, peak_ptr, total_ptr,
-    tokens, context, window, scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    tokens, context, window, scale, softcap,
+    CAPPED: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     kv_head, split = tl.program_id(1), tl.program_id(2)
     kv_heads = tl.num_programs(1)
@@ -126,13 +133,13 @@ def _attention_kernel(
     peak, total, mixed = _attend(
         q, start + token, keys_ptr + cache, values_ptr + cache, HEAD_DIM,
         tl.maximum(begin, start + oldest), tl.minimum(begin + share, start), window, peak, total, mixed,
-        HEAD_DIM, BLOCK_P, BLOCK_D,
+        softcap, CAPPED, HEAD_DIM, BLOCK_P, BLOCK_D,
     )  # fmt: skip
     if fits & (split == 0):
         end = tl.minimum((first_row + BLOCK_R - 1) // GROUP + 1, tokens)
         peak, total, mixed = _attend(
             q, token, key_ptr, value_ptr, kv_heads * HEAD_DIM, tl.maximum(oldest, 0), end, window,
-            peak, total, mixed, HEAD_DIM, BLOCK_P, BLOCK_D,
+            peak, total, mixed, softcap, CAPPED, HEAD_DIM, BLOCK_P, BLOCK_D,
         )  # fmt: skip
     top = tl.max(peak, axis=1)
     weight = tl.exp2(peak - tl.where(top == float("-inf"), 0.0, top)[:, None])
@@ -171,16 +178,17 @@ def attention(
     *,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """As the reference; on a GPU, tokens that do not fit the context leave the cache alone and give NaN."""
-    check_inputs(query, key, value, keys, values, start)
+    check_inputs(query, key, value, keys, values, start, softcap)
     if not (keys.is_contiguous() and values.is_contiguous() and keys.dtype == values.dtype == torch.float32):
         raise ValueError("the cache must be contiguous float32")
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     tokens, heads, head_dim = query.shape
     kv_heads, context, _ = keys.shape
     group = heads // kv_heads
-    blocks = _blocks(tokens * group, head_dim)
+    blocks = _blocks(tokens * group, head_dim, softcap is not None)
     tiles = triton.cdiv(tokens * group, blocks["BLOCK_R"])
     splits = _splits(_programs(query.device) // (kv_heads * tiles), triton.cdiv(context, blocks["BLOCK_P"]))
     limits = (tokens, context, NO_WINDOW if window is None else window)
@@ -188,8 +196,9 @@ def attention(
     peak = torch.empty(splits, tokens, heads, dtype=torch.float32, device=query.device)
     total = torch.empty_like(peak)
     _attention_kernel[(tiles, kv_heads, splits)](
-        query, key, value, keys, values, start, mixed, peak, total, *limits, scale * LOG2_E,
-        GROUP=group, HEAD_DIM=head_dim, **blocks, num_warps=NUM_WARPS, num_stages=1,
+        query, key, value, keys, values, start, mixed, peak, total, *limits,
+        scale * LOG2_E if softcap is None else scale / softcap, 0.0 if softcap is None else softcap * LOG2_E,
+        CAPPED=softcap is not None, GROUP=group, HEAD_DIM=head_dim, **blocks, num_warps=NUM_WARPS, num_stages=1,
     )  # fmt: skip
     out = torch.empty(tokens, heads, head_dim, dtype=torch.float32, device=query.device)
     _combine_kernel[(tokens * heads,)](
@@ -199,12 +208,15 @@ def attention(
     return out
 
 
-def _blocks(rows: int, head_dim: int) -> dict[str, int]:
+def _blocks(rows: int, head_dim: int, capped: bool = False) -> dict[str, int]:
     """The tile: of `rows` queries that share a KV head up to 8, and as many positions as registers hold.
 
-    4,096 sums are 32 registers a thread of 48 (one row) to 128 (8 rows), so that 4 programs fit an SM.
+    4,096 sums are 32 registers a thread of 48 (one row) to 128 (8 rows), so that 4 programs fit an SM. Beside a
+    tanh, 8 rows of 256 numbers do not fit without spills.
     """
-    block_r, block_d = min(MOST_ROWS, triton.next_power_of_2(rows)), triton.next_power_of_2(head_dim)
+    block_d = triton.next_power_of_2(head_dim)
+    most = MOST_ROWS // 2 if capped and block_d > 128 else MOST_ROWS
+    block_r = min(most, triton.next_power_of_2(rows))
     block_p = max(1, min(16, 2048 // block_d, 4096 // (block_r * block_d)))
     return {"BLOCK_R": block_r, "BLOCK_P": block_p, "BLOCK_D": block_d}
 
@@ -225,9 +237,14 @@ def builds() -> list[Build]:
     names = ("query_ptr", "key_ptr", "value_ptr", "keys_ptr", "values_ptr", "mixed_ptr", "peak_ptr", "total_ptr")
     shared = {"start_ptr": LONGS, "tokens": "i32", "context": "i32", "window": "i32"}
 
-    def build(tokens: int, group: int, head_dim: int) -> Build:
-        arguments = {**dict.fromkeys(names, FLOATS), **shared, "scale": "fp32"}
-        constants = {"GROUP": group, "HEAD_DIM": head_dim, **_blocks(tokens * group, head_dim)}
+    def build(tokens: int, group: int, head_dim: int, capped: bool = False) -> Build:
+        arguments = {**dict.fromkeys(names, FLOATS), **shared, **dict.fromkeys(("scale", "softcap"), "fp32")}
+        constants = {
+            "CAPPED": capped,
+            "GROUP": group,
+            "HEAD_DIM": head_dim,
+            **_blocks(tokens * group, head_dim, capped),
+        }
         if tokens == 1:  # as the JIT does: an argument of 1 is a constant
             del arguments["tokens"]
             constants["tokens"] = 1
@@ -246,5 +263,7 @@ def builds() -> list[Build]:
     sizes = [(tokens, group) for tokens, groups in ((1, (1, 2, 4, 8)), (512, (1, 4))) for group in groups]
     return [
         *(build(tokens, group, head_dim) for head_dim in (64, 128, 256) for tokens, group in sizes),
+        *(build(tokens, 1, head_dim) for head_dim in (80, 96) for tokens in (1, 512)),
+        *(build(tokens, 2, head_dim, capped=True) for head_dim in (128, 256) for tokens in (1, 512)),
         *(combine(splits, head_dim) for splits, head_dim in ((1, 128), (16, 128), (64, 64), (64, 256))),
     ]

@@ -16,6 +16,7 @@ def attention(
     *,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Store T tokens' keys and values at positions start, start + 1, … and attend over all stored so far.
 
@@ -24,10 +25,11 @@ def attention(
     keys, values: float32 [kv_heads, context, head_dim], written in place.
     start:        int64 [1], on the device: a recorded program reads it anew.
     window:       positions seen, the own included; None sees all.
+    softcap:      scores become softcap · tanh(score / softcap) before the softmax (Gemma 2); None leaves them.
 
     Returns float32 [T, heads, head_dim].
     """
-    check_inputs(query, key, value, keys, values, start)
+    check_inputs(query, key, value, keys, values, start, softcap)
     first, tokens = int(start), query.shape[0]
     end = first + tokens
     keys[:, first:end] = key.transpose(0, 1)
@@ -35,6 +37,10 @@ def attention(
     seen_from = 0 if window is None else max(0, first - window + 1)  # nothing earlier is seen by any token
     age = torch.arange(first, end)[:, None] - torch.arange(seen_from, end)[None, :]
     visible = age >= 0 if window is None else (age >= 0) & (age < window)
+    if softcap is not None:
+        group = query.shape[1] // keys.shape[0]
+        seen_keys, seen_values = (cache[:, seen_from:end].repeat_interleave(group, 0) for cache in (keys, values))
+        return _capped(query, seen_keys, seen_values, visible.to(query.device), scale, softcap)
     mixed = F.scaled_dot_product_attention(
         query.transpose(0, 1)[None],
         keys[None, :, seen_from:end],
@@ -46,6 +52,15 @@ def attention(
     return mixed[0].transpose(0, 1).contiguous()
 
 
+def _capped(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor, scale: float, cap: float
+) -> torch.Tensor:
+    """Attention with capped scores, which torch's fused one has not: keys and values [heads, S, head_dim]."""
+    scores = query.transpose(0, 1) @ keys.transpose(1, 2) * scale  # [heads, T, S]
+    scores = (cap * torch.tanh(scores / cap)).masked_fill(~visible, float("-inf"))
+    return (scores.softmax(dim=-1) @ values).transpose(0, 1).contiguous()
+
+
 def check_inputs(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -53,6 +68,7 @@ def check_inputs(
     keys: torch.Tensor,
     values: torch.Tensor,
     start: torch.Tensor,
+    softcap: float | None = None,
 ) -> None:
     """ValueError unless the shapes belong together and the tokens fit; every implementation calls it.
 
@@ -66,6 +82,8 @@ def check_inputs(
         raise ValueError(f"the cache is {list(keys.shape)} and {list(values.shape)}, expected head_dim {head_dim}")
     if start.dtype != torch.int64 or start.numel() != 1:
         raise ValueError(f"start is {start.dtype} {list(start.shape)}, expected torch.int64 [1]")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap is {softcap}, expected a finite number above 0, or None")
     if tokens > context:
         raise ValueError(f"{tokens} tokens do not fit the context of {context}")
     if start.device.type != "cpu":

@@ -34,6 +34,8 @@ enum pinfer_kind : int32_t {
     PINFER_TALLY_KEPT,
     PINFER_SPLIT_ACTIVE,
     PINFER_COPY,
+    PINFER_LAYER_NORM,
+    PINFER_SOFTCAP,
     PINFER_KINDS,
     // What orders programs and times them (control.h), whatever the instruction set.
     PINFER_FORK = 64,
@@ -73,12 +75,13 @@ struct pinfer_embed_arguments {
     float* out;
 };
 
-// y [tokens, rows] = x [tokens, columns] · wᵀ
+// y [tokens, rows] = x [tokens, columns] · wᵀ + bias
 struct pinfer_matmul_arguments {
     pinfer_matrix w;
     const float* x;
     int64_t tokens;
     int32_t int8;  // round x to int8 in blocks
+    const float* bias;  // [rows] or null
     float* y;
     uint8_t* scratch;  // pinfer_scratch_bytes(tokens, columns), 64-aligned
 };
@@ -110,8 +113,10 @@ struct pinfer_sparse_ffn_arguments {
     const int32_t* indices;
     const int32_t* count;
     const uint8_t* mask;       // [tokens, N] or null
-    const float* gate_values;  // [tokens, N] or null: gate_n · x where the predictor has made it
+    const float* gate_values;  // [tokens, N] or null: gate_n · x, bias and all, where the predictor has made it
     const float* shift;        // [N] or null: taken off act(g_n)
+    const float* gate_bias;    // [N] or null: added to gate_n · x where it is computed here
+    float cutoff;              // of RELU: a gate up to it gives 0
     int32_t activation;
     int32_t int8;
     float* y;
@@ -137,18 +142,35 @@ struct pinfer_rms_norm_arguments {
     float* y;
 };
 
+// y [rows, columns] = (x - mean x) / deviation of x · weight, plus `bias` [columns] and `residual` where not null
+struct pinfer_layer_norm_arguments {
+    const float *x, *weight, *bias, *residual;
+    int64_t rows, columns;
+    float eps;
+    float* y;
+};
+
+// y = cap · tanh(x / cap)
+struct pinfer_softcap_arguments {
+    const float* x;
+    int64_t count;
+    float cap;
+    float* y;
+};
+
 struct pinfer_add_arguments {
     const float *a, *b;
     int64_t count;
     float* y;
 };
 
-// y = (act(gate) - shift) · up (dReLU: of up clamped at 0), without up where it is null; with `magnitude` its size
+// y = (act(gate + gate_bias) - shift) · up (dReLU: of up clamped at 0), without up where it is null; with `magnitude` its size
 struct pinfer_glu_arguments {
     const float *gate, *up;
-    const float* shift;  // [neurons] or null
+    const float *shift, *gate_bias;  // [neurons] or null
     int64_t count, neurons;  // count: tokens · neurons
     int32_t activation, magnitude;
+    float cutoff;  // of RELU
     float* y;
 };
 
@@ -170,6 +192,7 @@ struct pinfer_attention_arguments {
     int64_t tokens, heads, kv_heads, head_dim, context;
     int64_t window;  // positions seen, the own included; 0: all
     float scale;
+    float softcap;  // scores become softcap · tanh(score / softcap); 0: they stay
     float* y;
     float* scores;  // [threads, context + 64]: vectors are written whole past a row's end
 };

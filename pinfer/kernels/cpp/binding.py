@@ -18,7 +18,7 @@ from pinfer.quant import QuantTensor
 # shipped model decodes at a third of the speed it has on one.
 WORTH_WAKING = 400_000
 
-ACTIVATION_CODES = {"silu": 0, "gelu_tanh": 1, "relu": 2, "relu2": 3, "drelu": 4}  # vectors.h
+ACTIVATION_CODES = {"silu": 0, "gelu_tanh": 1, "relu": 2, "relu2": 3, "drelu": 4, "gelu": 5}  # vectors.h
 
 
 class Matrix(ctypes.Structure):
@@ -56,6 +56,7 @@ class Matmul(Arguments):
         ("x", c_void_p),
         ("tokens", c_int64),
         ("int8", c_int32),
+        ("bias", c_void_p),
         ("y", c_void_p),
         ("scratch", c_void_p),
     )
@@ -100,6 +101,8 @@ class SparseFFN(Arguments):
         ("mask", c_void_p),
         ("gate_values", c_void_p),
         ("shift", c_void_p),
+        ("gate_bias", c_void_p),
+        ("cutoff", c_float),
         ("activation", c_int32),
         ("int8", c_int32),
         ("y", c_void_p),
@@ -144,10 +147,12 @@ class GLU(Arguments):
         ("gate", c_void_p),
         ("up", c_void_p),
         ("shift", c_void_p),
+        ("gate_bias", c_void_p),
         ("count", c_int64),
         ("neurons", c_int64),
         ("activation", c_int32),
         ("magnitude", c_int32),
+        ("cutoff", c_float),
         ("y", c_void_p),
     )
 
@@ -184,6 +189,7 @@ class Attention(Arguments):
         ("context", c_int64),
         ("window", c_int64),
         ("scale", c_float),
+        ("softcap", c_float),
         ("y", c_void_p),
         ("scores", c_void_p),
     )
@@ -237,6 +243,25 @@ class SplitActive(Arguments):
 class Copy(Arguments):
     KIND = 16
     _fields_ = (("source", c_void_p), ("nbytes", c_int64), ("target", c_void_p))
+
+
+class LayerNorm(Arguments):
+    KIND = 17
+    _fields_ = (
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("residual", c_void_p),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("eps", c_float),
+        ("y", c_void_p),
+    )
+
+
+class Softcap(Arguments):
+    KIND = 18
+    _fields_ = (("x", c_void_p), ("count", c_int64), ("cap", c_float), ("y", c_void_p))
 
 
 class Job(ctypes.Structure):

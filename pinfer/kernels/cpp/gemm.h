@@ -122,7 +122,7 @@ struct Panel {
 constexpr int64_t GEMM_TOKENS = 256;  // accumulators kept at a time: 16 KB
 
 template <class Type>
-inline void gemm_panel(const pinfer_matrix& w, const RoundedTokens& x, int64_t tokens, int64_t row, float* y) {
+inline void gemm_panel(const pinfer_matrix& w, const RoundedTokens& x, int64_t tokens, int64_t row, const float* bias, float* y) {
     Panel<Type> panel;
     const int rows = int(smaller<int64_t>(LANES, w.rows - row));
     for (int64_t begin = 0; begin < tokens; begin += GEMM_TOKENS) {
@@ -139,7 +139,7 @@ inline void gemm_panel(const pinfer_matrix& w, const RoundedTokens& x, int64_t t
             }
         }
         for (int64_t t = begin; t < end; ++t)
-            for (int r = 0; r < rows; ++r) y[t * w.rows + row + r] = sums[t - begin][r];
+            for (int r = 0; r < rows; ++r) y[t * w.rows + row + r] = sums[t - begin][r] + (bias ? bias[row + r] : 0.0f);
     }
 }
 
@@ -152,7 +152,7 @@ void gemm(Team& team, const pinfer_matmul_arguments& a) {
     team.barrier();
     const int64_t panels = (a.w.rows + LANES - 1) / LANES;
     team.share(panels, 1, [&](int64_t first, int64_t last) {
-        for (int64_t p = first; p < last; ++p) gemm_panel<Type>(a.w, x, a.tokens, p * LANES, a.y);
+        for (int64_t p = first; p < last; ++p) gemm_panel<Type>(a.w, x, a.tokens, p * LANES, a.bias, a.y);
     });
     team.barrier();
 }

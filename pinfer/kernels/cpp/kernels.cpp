@@ -96,8 +96,9 @@ void matmul(Team& team, const pinfer_matmul_arguments& a) {
     const int64_t row_bytes = larger<int64_t>(w.row_stride, 1);
     const int64_t fair = smaller(PIECE_BYTES / row_bytes, w.rows / (8 * team.size));
     team.share(w.rows, larger<int64_t>(fair / R * R, R), [&](int64_t first, int64_t last) {
-        dot_rows(w, in, first, last, [](int64_t k) { return k; },
-                 [&](int64_t k, int64_t t, float dot) { a.y[t * w.rows + k] = dot; });
+        const auto same = [](int64_t k) { return k; };
+        if (a.bias) dot_rows(w, in, first, last, same, [&](int64_t k, int64_t t, float dot) { a.y[t * w.rows + k] = dot + a.bias[k]; });
+        else dot_rows(w, in, first, last, same, [&](int64_t k, int64_t t, float dot) { a.y[t * w.rows + k] = dot; });
     });
     team.barrier();
 }
@@ -221,13 +222,16 @@ void hidden_values(const pinfer_sparse_ffn_arguments& a, const Inputs& gate_in, 
     const auto put = [&](int64_t k, int64_t t, float g) {
         const bool wanted = !a.mask || a.mask[t * N + listed(k)];
         const float shift = a.shift ? a.shift[listed(k)] : 0.0f;
-        a.hidden[k * T + t] = wanted ? activate(a.activation, g) - shift : 0.0f;
+        a.hidden[k * T + t] = wanted ? activate(a.activation, g, a.cutoff) - shift : 0.0f;
     };
-    if (a.gate_values) {
+    if (a.gate_values) {  // with their bias
         for (int64_t k = first; k < last; ++k)
             for (int64_t t = 0; t < T; ++t) put(k, t, a.gate_values[t * N + listed(k)]);
     } else {
-        dot_rows(a.gate, gate_in, first, last, listed, put);
+        if (a.gate_bias)
+            dot_rows(a.gate, gate_in, first, last, listed,
+                     [&](int64_t k, int64_t t, float g) { put(k, t, g + a.gate_bias[listed(k)]); });
+        else dot_rows(a.gate, gate_in, first, last, listed, put);
     }
     if (!a.up.blocks) return;
     int32_t alive[NEURON_PIECE];
@@ -364,6 +368,34 @@ void rms_norm(Team& team, const pinfer_rms_norm_arguments& a) {
     team.barrier();
 }
 
+void layer_norm(Team& team, const pinfer_layer_norm_arguments& a) {
+    team.share(a.rows, 1, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; ++row) {
+            const float* x = a.x + row * a.columns;
+            const float* residual = a.residual ? a.residual + row * a.columns : nullptr;
+            float* y = a.y + row * a.columns;
+            // Σ part(v): the mean, and then the squares about it, which do not cancel.
+            const auto total = [&](auto part) {
+                F32 all = {};
+                float rest = 0;
+                int64_t i = 0;
+                for (; i + LANES <= a.columns; i += LANES) all += part(load<F32>(x + i));
+                for (; i < a.columns; ++i) rest += part(splat(x[i]))[0];
+                return sum(all) + rest;
+            };
+            const float mean = total([](F32 v) { return v; }) / float(a.columns);
+            const float squares = total([mean](F32 v) { return (v - mean) * (v - mean); });
+            const float factor = 1.0f / __builtin_sqrtf(squares / float(a.columns) + a.eps);
+            for (int64_t i = 0; i < a.columns; ++i) y[i] = (x[i] - mean) * factor * a.weight[i];
+            if (a.bias)
+                for (int64_t i = 0; i < a.columns; ++i) y[i] += a.bias[i];
+            if (residual)
+                for (int64_t i = 0; i < a.columns; ++i) y[i] += residual[i];
+        }
+    });
+    team.barrier();
+}
+
 // body(first, last) over elements; a few thousand stay with one thread.
 template <class Body>
 inline void elementwise(Team& team, int64_t count, Body body) {
@@ -377,28 +409,39 @@ void add(Team& team, const pinfer_add_arguments& a) {
     });
 }
 
+void softcap(Team& team, const pinfer_softcap_arguments& a) {
+    elementwise(team, a.count, [&](int64_t first, int64_t last) {
+        int64_t i = first;
+        for (; i + LANES <= last; i += LANES) store(a.y + i, a.cap * hyperbolic_tangent(load<F32>(a.x + i) / a.cap));
+        for (; i < last; ++i) a.y[i] = a.cap * hyperbolic_tangent(splat(a.x[i] / a.cap))[0];
+    });
+}
+
 void glu(Team& team, const pinfer_glu_arguments& a) {
-    const auto some = [&](int64_t first, int64_t last, const float* shift) {  // shift: of `first`, or null
+    // shift, bias: of `first`, or null
+    const auto some = [&](int64_t first, int64_t last, const float* shift, const float* bias) {
         int64_t i = first;
         for (; i + LANES <= last; i += LANES) {
-            F32 v = activate(a.activation, load<F32>(a.gate + i));
+            F32 v = load<F32>(a.gate + i);
+            if (bias) v += load<F32>(bias + (i - first));
+            v = activate(a.activation, v, a.cutoff);
             if (shift) v -= load<F32>(shift + (i - first));
             if (a.magnitude) v = v < 0.0f ? -v : v;
             if (a.up) v *= activate_up(a.activation, load<F32>(a.up + i));
             store(a.y + i, v);
         }
         for (; i < last; ++i) {
-            float v = activate(a.activation, a.gate[i]);
+            float v = activate(a.activation, bias ? a.gate[i] + bias[i - first] : a.gate[i], a.cutoff);
             if (shift) v -= shift[i - first];
             if (a.magnitude) v = __builtin_fabsf(v);
             a.y[i] = a.up ? v * activate_up(a.activation, a.up[i]) : v;
         }
     };
     elementwise(team, a.count, [&](int64_t first, int64_t last) {
-        if (!a.shift) return some(first, last, nullptr);
-        while (first < last) {  // row by row, as each begins with the first neuron's shift
+        if (!a.shift && !a.gate_bias) return some(first, last, nullptr, nullptr);
+        while (first < last) {  // row by row, as each begins with the first neuron's shift and bias
             const int64_t n = first % a.neurons, end = smaller(last, first + a.neurons - n);
-            some(first, end, a.shift + n);
+            some(first, end, a.shift ? a.shift + n : nullptr, a.gate_bias ? a.gate_bias + n : nullptr);
             first = end;
         }
     });
@@ -460,6 +503,9 @@ void attend(const pinfer_attention_arguments& a, int64_t t, int64_t head, int64_
         dot_float<Float32, R>(rows, rows, d, query, dots);
         for (int r = 0; r < R && j + r < count; ++r) scores[j + r] = dots[r] * a.scale;
     }
+    if (a.softcap > 0)
+        for (int64_t j = 0; j < count; j += LANES)
+            store(scores + j, a.softcap * hyperbolic_tangent(load<F32>(scores + j) / a.softcap));
     softmax(scores, count);
     for (int64_t i = 0; i < d; ++i) y[i] = 0;
     for (int64_t j = 0; j < count; j += R) {
@@ -549,6 +595,8 @@ const Kernels TABLE = {
         erased<pinfer_tally_kept_arguments, tally_kept>,
         erased<pinfer_split_active_arguments, split_active>,
         erased<pinfer_copy_arguments, copy>,
+        erased<pinfer_layer_norm_arguments, layer_norm>,
+        erased<pinfer_softcap_arguments, softcap>,
     },
     knows,
     read_all,

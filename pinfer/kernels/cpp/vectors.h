@@ -201,6 +201,21 @@ inline I32 scale_add(I32 sum, I32 a, I32 scale) {
 #endif
 }
 
+// The same where `a` does not fit int16; slower.
+inline I32 scale_add_wide(I32 sum, I32 a, I32 scale) { return sum + a * ((scale << 16) >> 16); }
+
+// table[i] for each byte i < 16 of v.
+inline U8 looked_up(const int8_t* table, U8 v) {
+#if PINFER_LEVEL == 512
+    return (U8)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)table)), (__m512i)v);
+#elif PINFER_LEVEL == 2
+    return (U8)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table)), (__m256i)v);
+#else
+    for (int i = 0; i < BYTES; ++i) v[i] = uint8_t(table[v[i]]);
+    return v;
+#endif
+}
+
 // Σ over neighbouring pairs, as floats: the part of a K-quant that its minima or offset take away.
 inline F8 pair_sums(Groups a, Groups b) {
 #if PINFER_LEVEL >= 2
@@ -283,21 +298,57 @@ inline F32 exponential(F32 x) {
     return p * (F32)power;
 }
 
-enum Activation { SILU = 0, GELU_TANH = 1, RELU = 2, RELU2 = 3, DRELU = 4 };
+// tanh, to about 2 units in the last place: Cephes' polynomial near 0, where 1 - 2 / (exp(2 x) + 1) would cancel.
+inline F32 hyperbolic_tangent(F32 x) {
+    const F32 z = x * x, size = x < 0.0f ? -x : x;
+    F32 p = splat(-5.70498872745e-3f);
+    p = p * z + 2.06390887954e-2f;
+    p = p * z - 5.37397155531e-2f;
+    p = p * z + 1.33314422036e-1f;
+    p = p * z - 3.33332819422e-1f;
+    const F32 far = 1.0f - 2.0f / (exponential(2.0f * size) + 1.0f);
+    return size < 0.625f ? p * z * x + x : (x < 0.0f ? -far : far);
+}
 
-inline F32 activate(int kind, F32 g) {
+// Half of erfc(z) for z >= 0, with a relative error below 1.2e-7 (Press et al., Numerical Recipes, erfcc).
+inline F32 half_erfc(F32 z) {
+    const F32 t = 1.0f / (1.0f + 0.5f * z);
+    F32 p = splat(0.17087277f);
+    p = p * t - 0.82215223f;
+    p = p * t + 1.48851587f;
+    p = p * t - 1.13520398f;
+    p = p * t + 0.27886807f;
+    p = p * t - 0.18628806f;
+    p = p * t + 0.09678418f;
+    p = p * t + 0.37409196f;
+    p = p * t + 1.00002368f;
+    p = p * t - 1.26551223f;
+    return 0.5f * t * exponential(p - z * z);
+}
+
+// g · Φ(g), Φ the normal distribution's (Hendrycks and Gimpel 2016)
+inline F32 gelu(F32 g) {
+    const F32 beyond = g * half_erfc((g < 0.0f ? -g : g) * 0.70710678118654752f);
+    return g < 0.0f ? beyond : g - beyond;
+}
+
+enum Activation { SILU = 0, GELU_TANH = 1, RELU = 2, RELU2 = 3, DRELU = 4, GELU = 5 };
+
+// `cutoff` is RELU's alone: up to it the activation is 0.
+inline F32 activate(int kind, F32 g, float cutoff) {
     const F32 zero = {};
     switch (kind) {
         case SILU: return g / (1.0f + exponential(-g));
         // 0.5 (1 + tanh z) = 1 / (1 + exp(-2 z))
         case GELU_TANH: return g / (1.0f + exponential(g * -1.5957691216057308f * (1.0f + 0.044715f * g * g)));
+        case GELU: return gelu(g);
         // NaN passes through: it must not look like an inactive neuron.
-        case RELU:
+        case RELU: return g <= cutoff ? zero : g;
         case DRELU: return g < zero ? zero : g;
         default: return g < zero ? zero : g * g;
     }
 }
-inline float activate(int kind, float g) { return activate(kind, splat(g))[0]; }
+inline float activate(int kind, float g, float cutoff) { return activate(kind, splat(g), cutoff)[0]; }
 
 // What the up product contributes: dReLU clamps it, others take it as it is. NaN passes through.
 inline F32 activate_up(int kind, F32 u) {

@@ -19,6 +19,8 @@ def _make_inputs(
     gated: bool = True,
     magnitude: bool = False,
     shifted: bool = False,
+    biased: bool = False,
+    cutoff: float = 0.0,
 ) -> dict[str, Any]:
     return {
         "gate": 3 * cases.random_floats(generator, tokens, neurons),
@@ -26,6 +28,8 @@ def _make_inputs(
         "activation": activation,
         "magnitude": magnitude,
         "shift": cases.random_floats(generator, neurons) if shifted else None,
+        "gate_bias": cases.random_floats(generator, neurons) if biased else None,
+        "cutoff": cutoff,
     }
 
 
@@ -47,6 +51,18 @@ OP = Op(
         {"tokens": 3, "neurons": 37, "activation": "silu", "gated": False, "magnitude": True, "shifted": True},
         {"tokens": 2, "neurons": 4111, "activation": "gelu_tanh", "shifted": True},
         {"tokens": 3, "neurons": 431, "activation": "drelu"},
+        {"tokens": 1, "neurons": 123, "activation": "relu", "gated": False, "biased": True},
+        {"tokens": 3, "neurons": 4111, "activation": "gelu_tanh", "biased": True, "shifted": True},
+        {
+            "tokens": 3,
+            "neurons": 37,
+            "activation": "relu",
+            "gated": False,
+            "biased": True,
+            "cutoff": 0.7,
+            "magnitude": True,
+        },
+        {"tokens": 2, "neurons": 431, "activation": "relu", "cutoff": 0.7},
         {"tokens": 3, "neurons": 37, "activation": "drelu", "gated": False, "magnitude": True},
     ),
     bench_cases=({"tokens": 1, "neurons": 11008, "activation": "silu"},),

@@ -18,14 +18,17 @@ def glu(
     activation: str,
     magnitude: bool = False,
     shift: torch.Tensor | None = None,
+    gate_bias: torch.Tensor | None = None,
+    cutoff: float = 0.0,
 ) -> torch.Tensor:
-    check_inputs(gate, up, magnitude, shift)
-    check_activation(activation)
-    gate, up, shift = floats(gate), *(None if one is None else floats(one) for one in (up, shift))
+    check_inputs(gate, up, magnitude, shift, gate_bias)
+    check_activation(activation, cutoff)
+    gate = floats(gate)
+    up, shift, gate_bias = (None if one is None else floats(one) for one in (up, shift, gate_bias))
     out = torch.empty(gate.shape)
     arguments = GLU(
-        pointer(gate), pointer(up), pointer(shift), gate.numel(), gate.shape[-1], ACTIVATION_CODES[activation],
-        magnitude, pointer(out),
+        pointer(gate), pointer(up), pointer(shift), pointer(gate_bias), gate.numel(), gate.shape[-1],
+        ACTIVATION_CODES[activation], magnitude, cutoff, pointer(out),
     )  # fmt: skip
-    run(arguments, MULTIPLICATIONS_EACH * gate.numel(), gate, up, shift, out)
+    run(arguments, MULTIPLICATIONS_EACH * gate.numel(), gate, up, shift, gate_bias, out)
     return out

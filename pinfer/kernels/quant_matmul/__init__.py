@@ -11,17 +11,25 @@ from pinfer.quant import BY_NAME, QuantTensor
 
 
 def _make_inputs(
-    generator: torch.Generator, *, type: str, tokens: int, rows: int, columns: int, int8: bool = False
+    generator: torch.Generator,
+    *,
+    type: str,
+    tokens: int,
+    rows: int,
+    columns: int,
+    biased: bool = False,
+    int8: bool = False,
 ) -> dict[str, Any]:
     return {
         "x": cases.random_floats(generator, tokens, columns),
         "weight": cases.random_blocks(generator, BY_NAME[type], rows, columns),
+        "bias": cases.random_floats(generator, rows) if biased else None,
         "int8": int8,
     }
 
 
-def _bytes_moved(x: torch.Tensor, weight: QuantTensor, **_: Any) -> int:
-    return weight.nbytes + 4 * x.shape[0] * (weight.columns + weight.rows)
+def _bytes_moved(x: torch.Tensor, weight: QuantTensor, bias: torch.Tensor | None = None, **_: Any) -> int:
+    return weight.nbytes + (0 if bias is None else bias.nbytes) + 4 * x.shape[0] * (weight.columns + weight.rows)
 
 
 OP = Op(
@@ -44,6 +52,13 @@ OP = Op(
         ),
         {"type": "Q8_0", "tokens": 21, "rows": 50, "columns": 1120, "int8": True},
         {"type": "Q4_0", "tokens": 1, "rows": 3, "columns": 32, "int8": True},
+        *(
+            {"type": "Q8_0", "tokens": tokens, "rows": 37, "columns": 96, "biased": True, "int8": int8}
+            for tokens in (1, 3, 13)
+            for int8 in (False, True)
+        ),
+        {"type": "F16", "tokens": 1, "rows": 33, "columns": 8224, "biased": True},
+        {"type": "F32", "tokens": 2, "rows": 5, "columns": 33, "biased": True},
     ),
     bench_cases=tuple(
         {"type": name, "tokens": 1, "rows": 4096, "columns": 4096, "int8": int8}

@@ -63,8 +63,9 @@ class Launch:
 
 @triton.jit
 def _quant_matmul_kernel(
-    x_ptr, weight_ptr, row_stride, out_ptr, rows, rows_a_program,
-    WIDTH: tl.constexpr, GROUPS: tl.constexpr, TYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_G: tl.constexpr,
+    x_ptr, weight_ptr, row_stride, bias_ptr, out_ptr, rows, rows_a_program,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr, TYPE: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
     g = part * BLOCK_G + tl.arange(0, BLOCK_G)
@@ -77,16 +78,22 @@ def _quant_matmul_kernel(
         row = first + tl.arange(0, ROWS)
         wanted = row < end
         raw = load_raw(weight_ptr + row.to(tl.int64) * row_stride, wanted, g, GROUPS, TYPE)
-        tl.store(out_ptr + row, dots(raw, x, x_sums, TYPE), mask=wanted)
+        value = dots(raw, x, x_sums, TYPE)
+        if HAS_BIAS:  # the first part of a row brings it
+            value += tl.load(bias_ptr + row, mask=wanted & (part == 0), other=0.0)
+        tl.store(out_ptr + row, value, mask=wanted)
 
 
-def quant_matmul(x: torch.Tensor, weight: QuantTensor, *, int8: bool = False) -> torch.Tensor:
+def quant_matmul(
+    x: torch.Tensor, weight: QuantTensor, bias: torch.Tensor | None = None, *, int8: bool = False
+) -> torch.Tensor:
     """As the reference. Weights in blocks are repacked at every call: `repack` them once."""
-    check_inputs(x, weight)
+    check_inputs(x, weight, bias)
     x = (rounded_for(x.float(), weight) if int8 else x).contiguous()
     weight = repack(weight)
     if x.shape[0] != 1:
-        return summed(products(x, [weight])[0])
+        out = summed(products(x, [weight])[0])
+        return out if bias is None else out + bias
     launch = launch_for(
         "quant_matmul", x.device, Launch.of(weight.columns), candidates=lambda: Launch.variants(weight.columns),
         rows=weight.rows, columns=weight.columns, type=weight.type.name,
@@ -94,9 +101,9 @@ def quant_matmul(x: torch.Tensor, weight: QuantTensor, *, int8: bool = False) ->
     rows_a_program = launch.rows_a_program if x.is_cuda else ROWS_INTERPRETED
     out = torch.empty(launch.parts, 1, weight.rows, dtype=torch.float32, device=x.device)
     _quant_matmul_kernel[(triton.cdiv(weight.rows, rows_a_program), launch.parts)](
-        x, weight.blocks, weight.blocks.stride(0), out, weight.rows, rows_a_program,
-        WIDTH=weight.columns, GROUPS=groups_of(weight), TYPE=weight.type.name,
-        ROWS=launch.rows, BLOCK_G=launch.block_g, num_warps=warps_here(launch.num_warps), num_stages=1,
+        x, weight.blocks, weight.blocks.stride(0), x if bias is None else bias.contiguous(), out, weight.rows,
+        rows_a_program, WIDTH=weight.columns, GROUPS=groups_of(weight), TYPE=weight.type.name,
+        HAS_BIAS=bias is not None, ROWS=launch.rows, BLOCK_G=launch.block_g, num_warps=warps_here(launch.num_warps), num_stages=1,
     )  # fmt: skip
     return summed(out)
 
@@ -108,17 +115,22 @@ def builds() -> list[Build]:
         *(_build("Q4_K", columns) for columns in (640, 5120, 8192, 11008, 13824, 14336, 28672)),
         *(_build("Q8_0", columns) for columns in (128, 1024, 8192)),
         *(_build(name, 8192) for name in ("F16", "BF16", "Q6_K")),
+        *(_build("Q8_0", columns, biased=True) for columns in (1024, 8192, 16_384)),
+        _build("F16", 4096, biased=True),
         products_build("Q4_K", 28672, listed=False),
     ]
 
 
-def _build(name: str, columns: int) -> Build:
-    arguments = {"x_ptr": FLOATS, "weight_ptr": BYTES, "row_stride": "i64", "out_ptr": FLOATS}
+def _build(name: str, columns: int, biased: bool = False) -> Build:
+    arguments = {
+        **dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), FLOATS), "weight_ptr": BYTES, "row_stride": "i64",
+    }  # fmt: skip
     arguments |= dict.fromkeys(("rows", "rows_a_program"), "i32")
     launch = Launch.of(columns)
     constants = {
-        "WIDTH": columns, "GROUPS": -(-columns // 32), "TYPE": name, "ROWS": launch.rows, "BLOCK_G": launch.block_g,
+        "WIDTH": columns, "GROUPS": -(-columns // 32), "TYPE": name, "HAS_BIAS": biased, "ROWS": launch.rows,
+        "BLOCK_G": launch.block_g,
     }  # fmt: skip
     strides = ("row_stride", "rows", "rows_a_program")
-    label = f"quant_matmul {name} columns={columns}"
+    label = f"quant_matmul {name} columns={columns}{' + bias' if biased else ''}"
     return build_over_rows(label, _quant_matmul_kernel, arguments, constants, launch.num_warps, name, strides=strides)

@@ -58,7 +58,7 @@ def rms_norm(
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     width = weight.numel()
-    blocks, warps = _blocks(width)
+    blocks, warps = blocks_of(width)
     _rms_norm_kernel[(x.numel() // max(1, width),)](
         x, weight, x if residual is None else residual.contiguous(), out, width, eps,
         HAS_RESIDUAL=residual is not None, **blocks, num_warps=warps, num_stages=1,
@@ -66,7 +66,8 @@ def rms_norm(
     return out
 
 
-def _blocks(width: int) -> tuple[dict[str, int], int]:
+def blocks_of(width: int) -> tuple[dict[str, int], int]:
+    """The constants of a row of that width and a program's warps, for every norm."""
     block_d = min(4096 if width > MOST_IN_REGISTERS else MOST_IN_REGISTERS, triton.next_power_of_2(width))
     return {"IN_REGISTERS": width <= MOST_IN_REGISTERS, "BLOCK_D": block_d}, min(
         16, max(1, block_d // NUMBERS_PER_WARP)
@@ -79,7 +80,7 @@ def builds() -> list[Build]:
     arguments |= {"width": "i32", "eps": "fp32"}
 
     def build(width: int, has_residual: bool) -> Build:
-        blocks, warps = _blocks(width)
+        blocks, warps = blocks_of(width)
         label = f"rms_norm D={width}{' + residual' if has_residual else ''}"
         constants = {"HAS_RESIDUAL": has_residual, **blocks}
         wide = 1.0 if blocks["BLOCK_D"] >= 1024 else None  # fewer numbers than 128 a warp: 4 or 8 bytes a thread

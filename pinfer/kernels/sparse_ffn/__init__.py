@@ -25,6 +25,8 @@ def _make_inputs(
     masked: bool = False,
     with_gate_values: bool = False,
     shifted: bool = False,
+    biased: bool = False,
+    cutoff: float = 0.0,
     up_type: str | None = None,
     down_type: str | None = None,
     int8: bool = False,
@@ -46,6 +48,8 @@ def _make_inputs(
         "mask": scores > threshold if masked else None,
         "gate_values": cases.random_floats(generator, tokens, neurons) if with_gate_values else None,
         "shift": 0.3 * cases.random_floats(generator, neurons) if shifted else None,
+        "gate_bias": cases.random_floats(generator, neurons) if biased else None,
+        "cutoff": cutoff,
         "int8": int8,
     }
 
@@ -116,6 +120,18 @@ OP = Op(
         {"type": "F16", "tokens": 3, "neurons": 40, "width": 31, "density": 0.3, "gated": False, "activation": "relu"},
         {"type": "Q5_K", "tokens": 9, "neurons": 40, "width": 256, "density": 0.3, "gated": False,
          "with_gate_values": True, "masked": True, "activation": "relu2"},
+        *(
+            {"type": "Q8_0", "tokens": tokens, "neurons": 41, "width": 64, "density": 0.4, "masked": tokens > 1,
+             "gated": False, "biased": True, "activation": "relu", "int8": int8}
+            for tokens in (1, 3, 19) for int8 in (False, True)
+        ),
+        *(
+            {"type": "F16", "tokens": tokens, "neurons": 41, "width": 31, "density": 0.4, "biased": True,
+             "with_gate_values": with_values, "activation": "relu", "cutoff": 0.5}
+            for tokens in (1, 3, 19) for with_values in (False, True)
+        ),
+        {"type": "Q4_K", "width": 256, "activation": "relu", "cutoff": 0.3, "shifted": True, **_SMALL},
+        {"type": "Q4_K", "width": 256, "activation": "gelu", "gated": False, "biased": True, **_SMALL},
     ),
     bench_cases=tuple(
         {"type": name, "tokens": 1, "neurons": 11008, "width": 4096, "density": density, "int8": True}

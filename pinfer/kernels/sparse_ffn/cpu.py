@@ -27,13 +27,15 @@ def sparse_ffn(
     mask: torch.Tensor | None = None,
     gate_values: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
+    gate_bias: torch.Tensor | None = None,
+    cutoff: float = 0.0,
     int8: bool = False,
 ) -> torch.Tensor:
-    check_inputs(x, gate, up, down, active, activation, mask, gate_values, shift)
+    check_inputs(x, gate, up, down, active, activation, mask, gate_values, shift, gate_bias, cutoff)
     x = floats(x)
-    gate_values, shift = (None if one is None else floats(one) for one in (gate_values, shift))
+    gate_values, shift, gate_bias = (None if one is None else floats(one) for one in (gate_values, shift, gate_bias))
     if x.shape[0] > MANY_TOKENS:
-        return _through_gemm(x, gate, up, down, active, activation, mask, gate_values, shift, int8)
+        return _through_gemm(x, gate, up, down, active, activation, mask, gate_values, shift, gate_bias, cutoff, int8)
     check_list(active, gate.rows)
     tokens = x.shape[0]
     out, hidden = torch.empty(tokens, down.columns), torch.empty(gate.rows, tokens)
@@ -41,10 +43,20 @@ def sparse_ffn(
     memory = binding.scratch(tokens, gate.columns, copies=2) if int8 else None
     arguments = binding.SparseFFN(
         matrix(gate), matrix(up), matrix(down), pointer(x), tokens, pointer(active.indices), pointer(active.count),
-        pointer(bytes_mask), pointer(gate_values), pointer(shift), ACTIVATION_CODES[activation], int8, pointer(out), pointer(hidden),
-        None if memory is None else binding.aligned(memory),
+        pointer(bytes_mask), pointer(gate_values), pointer(shift), pointer(gate_bias), cutoff,
+        ACTIVATION_CODES[activation], int8, pointer(out), pointer(hidden), None if memory is None else binding.aligned(memory),
     )  # fmt: skip
-    kept = (gate.blocks, None if up is None else up.blocks, down.blocks, x, active, bytes_mask, gate_values, shift)
+    kept = (
+        gate.blocks,
+        None if up is None else up.blocks,
+        down.blocks,
+        x,
+        active,
+        bytes_mask,
+        gate_values,
+        shift,
+        gate_bias,
+    )
     binding.run(arguments, 3 * int(active.count) * x.numel(), *kept, out, hidden, memory)
     return out
 
@@ -59,14 +71,17 @@ def _through_gemm(
     mask: torch.Tensor | None,
     gate_values: torch.Tensor | None,
     shift: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
+    cutoff: float,
     int8: bool,
 ) -> torch.Tensor:
     """The same sum in runs of neurons, each unpacked once; the union of many tokens is nearly all of them."""
     out = torch.zeros(x.shape[0], down.columns)
     for listed in active.indices[: int(active.count)].long().split(max(1, GEMM_CHUNK_WEIGHTS // down.columns)):
-        pre = quant_matmul(x, gate[listed], int8=int8) if gate_values is None else gate_values[:, listed]
+        shift_here, bias = (None if one is None else one[listed] for one in (shift, gate_bias))
+        pre = quant_matmul(x, gate[listed], bias, int8=int8) if gate_values is None else gate_values[:, listed]
         up_values = None if up is None else quant_matmul(x, up[listed], int8=int8)
-        hidden = hidden_of(activation, pre, up_values, None if shift is None else shift[listed])
+        hidden = hidden_of(activation, pre, up_values, shift_here, cutoff)
         if mask is not None:
             hidden = torch.where(mask[:, listed], hidden, 0.0)
         out += hidden @ dequantize(down[listed])

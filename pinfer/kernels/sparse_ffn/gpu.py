@@ -82,11 +82,11 @@ class Launch:
 @triton.jit
 def _sparse_ffn_kernel(
     x_ptr, gate_ptr, gate_stride, up_ptr, up_stride, down_ptr, down_stride,
-    indices_ptr, count_ptr, mask_ptr, gate_values_ptr, shift_ptr, partial_ptr,
-    WIDTH: tl.constexpr, GROUPS: tl.constexpr, ACTIVATION: tl.constexpr,
+    indices_ptr, count_ptr, mask_ptr, gate_values_ptr, shift_ptr, bias_ptr, partial_ptr,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr, ACTIVATION: tl.constexpr, CUTOFF: tl.constexpr,
     GATE_TYPE: tl.constexpr, UP_TYPE: tl.constexpr, DOWN_TYPE: tl.constexpr,
     HAS_UP: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GATE_VALUES: tl.constexpr, HAS_SHIFT: tl.constexpr,
-    EARLY_EXIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EARLY_EXIT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
@@ -110,15 +110,21 @@ def _sparse_ffn_kernel(
             gate = tl.load(gate_values_ptr + n, mask=wanted, other=0.0)
         else:
             raw_gate = load_raw(gate_ptr + n * gate_stride, wanted, g, GROUPS, GATE_TYPE)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + n, mask=wanted, other=0.0)
         if EARLY_EXIT:
             gate = dots(raw_gate, x, x_sums, GATE_TYPE)
-            wanted &= activate(gate, ACTIVATION) != 0.0
+            if HAS_BIAS:
+                gate += bias
+            wanted &= activate(gate, ACTIVATION, CUTOFF) != 0.0
         if HAS_UP:
             raw_up = load_raw(up_ptr + n * up_stride, wanted, g, GROUPS, UP_TYPE)
         raw_down = load_raw(down_ptr + n * down_stride, wanted, g, GROUPS, DOWN_TYPE)
         if not EARLY_EXIT and not HAS_GATE_VALUES:
             gate = dots(raw_gate, x, x_sums, GATE_TYPE)
-        h = activate(gate, ACTIVATION)
+            if HAS_BIAS:
+                gate += bias
+        h = activate(gate, ACTIVATION, CUTOFF)
         if HAS_SHIFT:
             h -= tl.load(shift_ptr + n, mask=wanted, other=0.0)
         h = tl.where(wanted, h, 0.0)
@@ -130,9 +136,9 @@ def _sparse_ffn_kernel(
 
 @triton.jit
 def _hidden_kernel(
-    partial_ptr, gate_values_ptr, shift_ptr, mask_ptr, indices_ptr, count_ptr, out_ptr, tokens, neurons, parts,
-    ACTIVATION: tl.constexpr, HAS_UP: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GATE_VALUES: tl.constexpr,
-    HAS_SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+    partial_ptr, gate_values_ptr, shift_ptr, bias_ptr, mask_ptr, indices_ptr, count_ptr, out_ptr, tokens, neurons, parts,
+    ACTIVATION: tl.constexpr, CUTOFF: tl.constexpr, HAS_UP: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GATE_VALUES: tl.constexpr,
+    HAS_SHIFT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """h [T, N] by place in the list, of partial products [gate and up as far as there are, parts, T, N]."""
     count, token = tl.load(count_ptr), tl.program_id(0).to(tl.int64)
@@ -149,7 +155,9 @@ def _hidden_kernel(
             for _ in range(parts):
                 gate += tl.load(row_ptr, mask=inside, other=0.0)
                 row_ptr += size
-        h = activate(gate, ACTIVATION)
+            if HAS_BIAS:
+                gate += tl.load(bias_ptr + n, mask=inside, other=0.0)
+        h = activate(gate, ACTIVATION, CUTOFF)
         if HAS_SHIFT:
             h -= tl.load(shift_ptr + n, mask=inside, other=0.0)
         if HAS_UP:
@@ -175,16 +183,18 @@ def sparse_ffn(
     mask: torch.Tensor | None = None,
     gate_values: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
+    gate_bias: torch.Tensor | None = None,
+    cutoff: float = 0.0,
     int8: bool = False,
 ) -> torch.Tensor:
     """As the reference. Weights in blocks are repacked at every call: `repack` them once."""
-    check_inputs(x, gate, up, down, active, activation, mask, gate_values, shift)
+    check_inputs(x, gate, up, down, active, activation, mask, gate_values, shift, gate_bias, cutoff)
     if not x.is_cuda:
         check_list(active, gate.rows)  # the interpreter would crash
     if int8 and up is not None and up.type.block_size != gate.type.block_size:
         raise NotImplementedError(f"int8 with gate in {gate.type} and up in {up.type}: their blocks differ")
     x = rounded_for(x.float(), gate) if int8 else x
-    return combine(partials(x, gate, up, down, active, activation, mask, gate_values, shift))
+    return combine(partials(x, gate, up, down, active, activation, mask, gate_values, shift, gate_bias, cutoff))
 
 
 def partials(
@@ -197,12 +207,16 @@ def partials(
     mask: torch.Tensor | None = None,
     gate_values: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
+    gate_bias: torch.Tensor | None = None,
+    cutoff: float = 0.0,
 ) -> torch.Tensor:
     """What `combine` makes y of, for inputs as the reference's: float32 [parts, T, D], whose sum is y."""
     gate, up, down = repack(gate), None if up is None else repack(up), repack(down)
-    given = (None if one is None else one.contiguous() for one in (mask, gate_values, shift))
+    mask, gate_values, shift, gate_bias = (
+        None if one is None else one.contiguous() for one in (mask, gate_values, shift, gate_bias)
+    )
     compute = _fused if x.shape[0] == 1 else _batched
-    return compute(x.contiguous(), gate, up, down, active, activation, *given)
+    return compute(x.contiguous(), gate, up, down, active, activation, mask, gate_values, shift, gate_bias, cutoff)
 
 
 def _fused(
@@ -215,13 +229,17 @@ def _fused(
     mask: torch.Tensor | None,
     gate_values: torch.Tensor | None,
     shift: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
+    cutoff: float,
 ) -> torch.Tensor:
     width = x.shape[1]
     groups, up_or_gate = groups_of(gate), gate if up is None else up
+    biased = gate_bias is not None and gate_values is None
     launch = launch_for(
         "sparse_ffn", x.device, Launch.of(width), candidates=lambda: Launch.variants(width),
         width=width, gate=gate.type.name, up=up_or_gate.type.name, down=down.type.name, activation=activation,
-        switches=f"{up is not None} {mask is not None} {gate_values is not None} {shift is not None}",
+        switches=f"{up is not None} {mask is not None} {gate_values is not None} {shift is not None}"
+        + (" biased" if biased else "") + (" cutoff" if cutoff else ""),
     )  # fmt: skip
     programs = _programs(x.device, launch)
     partial = torch.empty(programs, 1, width, dtype=torch.float32, device=x.device)
@@ -229,11 +247,12 @@ def _fused(
         x, gate.blocks, gate.blocks.stride(0), up_or_gate.blocks, up_or_gate.blocks.stride(0),
         down.blocks, down.blocks.stride(0), active.indices, active.count,
         active.count if mask is None else mask.view(torch.uint8), x if gate_values is None else gate_values,
-        x if shift is None else shift, partial,
-        WIDTH=width, GROUPS=groups, ACTIVATION=activation,
+        x if shift is None else shift, x if gate_bias is None else gate_bias, partial,
+        WIDTH=width, GROUPS=groups, ACTIVATION=activation, CUTOFF=float(cutoff),
         GATE_TYPE=gate.type.name, UP_TYPE=up_or_gate.type.name, DOWN_TYPE=down.type.name,
         HAS_UP=up is not None, HAS_MASK=mask is not None, HAS_GATE_VALUES=gate_values is not None,
-        HAS_SHIFT=shift is not None, EARLY_EXIT=activation in ZERO_BELOW_ZERO and gate_values is None and shift is None,
+        HAS_SHIFT=shift is not None, HAS_BIAS=biased,
+        EARLY_EXIT=activation in ZERO_BELOW_ZERO and gate_values is None and shift is None,
         ROWS=launch.rows, BLOCK_G=triton.next_power_of_2(groups), num_warps=warps_here(launch.num_warps), num_stages=1,
     )  # fmt: skip
     return partial
@@ -249,6 +268,8 @@ def _batched(
     mask: torch.Tensor | None,
     gate_values: torch.Tensor | None,
     shift: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
+    cutoff: float,
 ) -> torch.Tensor:
     tokens, neurons = x.shape[0], gate.rows
     read = [weight for weight in (gate if gate_values is None else None, up) if weight is not None]
@@ -257,10 +278,10 @@ def _batched(
     blocks = triton.cdiv(neurons, HIDDEN_BLOCK) if x.is_cuda else 1
     _hidden_kernel[(tokens, blocks)](
         partial, x if gate_values is None else gate_values, x if shift is None else shift,
-        active.count if mask is None else mask.view(torch.uint8), active.indices, active.count, h,
+        x if gate_bias is None else gate_bias, active.count if mask is None else mask.view(torch.uint8), active.indices, active.count, h,
         tokens, neurons, partial.shape[1],
-        ACTIVATION=activation, HAS_UP=up is not None, HAS_MASK=mask is not None,
-        HAS_GATE_VALUES=gate_values is not None, HAS_SHIFT=shift is not None,
+        ACTIVATION=activation, CUTOFF=float(cutoff), HAS_UP=up is not None, HAS_MASK=mask is not None,
+        HAS_GATE_VALUES=gate_values is not None, HAS_SHIFT=shift is not None, HAS_BIAS=gate_bias is not None,
         BLOCK=HIDDEN_BLOCK, num_warps=HIDDEN_WARPS, num_stages=1,
     )  # fmt: skip
     return row_sums(h, down, active)
@@ -285,6 +306,9 @@ def builds() -> list[Build]:
         build_of("Q8_0", "Q8_0", 4096, activation="relu", HAS_GATE_VALUES=True, HAS_MASK=True),
         build_of("F16", "F16", 4096, activation="relu", HAS_UP=False),
         build_of("Q4_K", "Q8_0", 4096, HAS_GATE_VALUES=True, HAS_SHIFT=True),
+        build_of("Q4_K", "Q8_0", 4096, activation="relu", cutoff=0.01),
+        *(build_of(name, "Q8_0", 4096, activation="relu", HAS_UP=False, HAS_BIAS=True) for name in ("F16", "Q4_K")),
+        build_of("Q8_0", "Q8_0", 8192, activation="gelu", HAS_UP=False),
         *(products_build(name, 4096, listed=True) for name in BY_NAME),
         *(row_sums_build(name, 4096, listed=True) for name in BY_NAME),
         products_build("F32", 1120, listed=True),
@@ -293,41 +317,47 @@ def builds() -> list[Build]:
         _hidden_build("silu", HAS_UP=True, HAS_MASK=True, HAS_SHIFT=True),
         _hidden_build("drelu", HAS_UP=True, HAS_MASK=True, HAS_GATE_VALUES=True),
         _hidden_build("gelu_tanh"),
+        _hidden_build("relu", cutoff=0.01, HAS_UP=True, HAS_MASK=True, HAS_BIAS=True),
         *combining.builds(),
     ]
 
 
-def build_of(gate: str, down: str, width: int, activation: str = "silu", **switches: bool) -> Build:
+def build_of(
+    gate: str, down: str, width: int, activation: str = "silu", cutoff: float = 0.0, **switches: bool
+) -> Build:
     """The build that `partials` launches for matrices of these types and width."""
     strides = ("gate_stride", "up_stride", "down_stride")
     arguments = {
-        **dict.fromkeys(("x_ptr", "gate_values_ptr", "shift_ptr", "partial_ptr"), FLOATS),
+        **dict.fromkeys(("x_ptr", "gate_values_ptr", "shift_ptr", "bias_ptr", "partial_ptr"), FLOATS),
         **dict.fromkeys(("gate_ptr", "up_ptr", "down_ptr", "mask_ptr"), BYTES),
         **dict.fromkeys(("indices_ptr", "count_ptr"), INTS),
         **dict.fromkeys(strides, "i64"),
     }
-    switches = {"HAS_UP": True, "HAS_MASK": False, "HAS_GATE_VALUES": False, "HAS_SHIFT": False, **switches}
+    off = dict.fromkeys(("HAS_MASK", "HAS_GATE_VALUES", "HAS_SHIFT", "HAS_BIAS"), False)
+    switches = {"HAS_UP": True, **off, **switches}
     launch, groups = Launch.of(width), -(-width // 32)
     constants = {
-        "WIDTH": width, "GROUPS": groups, "ACTIVATION": activation,
+        "WIDTH": width, "GROUPS": groups, "ACTIVATION": activation, "CUTOFF": cutoff,
         "GATE_TYPE": gate, "UP_TYPE": gate, "DOWN_TYPE": down, **switches,
         "EARLY_EXIT": activation in ZERO_BELOW_ZERO and not (switches["HAS_GATE_VALUES"] or switches["HAS_SHIFT"]),
         "ROWS": launch.rows, "BLOCK_G": triton.next_power_of_2(groups),
     }  # fmt: skip
     on = " ".join(name.lower() for name, value in switches.items() if value)
-    label = f"sparse_ffn {gate} down {down} D={width} {activation} {on}"
+    label = f"sparse_ffn {gate} down {down} D={width} {activation} {on}{' cutoff' if cutoff else ''}"
     return build_over_rows(
         label, _sparse_ffn_kernel, arguments, constants, launch.num_warps, gate, down, strides=strides
     )
 
 
-def _hidden_build(activation: str, **switches: bool) -> Build:
+def _hidden_build(activation: str, cutoff: float = 0.0, **switches: bool) -> Build:
     arguments = {
-        **dict.fromkeys(("partial_ptr", "gate_values_ptr", "shift_ptr", "out_ptr"), FLOATS), "mask_ptr": BYTES,
+        **dict.fromkeys(("partial_ptr", "gate_values_ptr", "shift_ptr", "bias_ptr", "out_ptr"), FLOATS), "mask_ptr": BYTES,
         **dict.fromkeys(("indices_ptr", "count_ptr"), INTS), **dict.fromkeys(("tokens", "neurons", "parts"), "i32"),
     }  # fmt: skip
-    switches = {"HAS_UP": False, "HAS_MASK": False, "HAS_GATE_VALUES": False, "HAS_SHIFT": False, **switches}
+    switches = {
+        **dict.fromkeys(("HAS_UP", "HAS_MASK", "HAS_GATE_VALUES", "HAS_SHIFT", "HAS_BIAS"), False), **switches,
+    }  # fmt: skip
     on = " ".join(name.lower() for name, value in switches.items() if value)
-    constants = {"ACTIVATION": activation, "BLOCK": HIDDEN_BLOCK, **switches}
-    label = f"hidden {activation} {on}"
+    constants = {"ACTIVATION": activation, "CUTOFF": cutoff, "BLOCK": HIDDEN_BLOCK, **switches}
+    label = f"hidden {activation} {on}{' cutoff' if cutoff else ''}"
     return Build(label, _hidden_kernel, arguments, constants, HIDDEN_WARPS, multiples_of_16=("neurons",))

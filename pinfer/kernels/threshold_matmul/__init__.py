@@ -22,6 +22,8 @@ def _make_inputs(
     per_neuron: bool = False,
     magnitude_of: str | None = None,
     shifted: bool = False,
+    biased: bool = False,
+    cutoff: float = 0.0,
     int8: bool = False,
 ) -> dict[str, Any]:
     device = generator.device
@@ -32,6 +34,8 @@ def _make_inputs(
         "threshold": threshold * spread,
         "magnitude_of": magnitude_of,
         "shift": 0.1 * cases.random_floats(generator, rows) if shifted else None,
+        "gate_bias": cases.random_floats(generator, rows) if biased else None,
+        "cutoff": cutoff,
         "int8": int8,
     }
 
@@ -68,6 +72,31 @@ OP = Op(
             for tokens in (1, 4)
         ),
         {"type": "Q8_0", "tokens": 2, "rows": 37, "columns": 96, "magnitude_of": "drelu", "int8": True},
+        *(
+            {"type": "Q8_0", "tokens": tokens, "rows": 37, "columns": 96, "biased": True, "int8": tokens == 3}
+            for tokens in (1, 3)
+        ),
+        *(
+            {
+                "type": "F16",
+                "tokens": tokens,
+                "rows": 37,
+                "columns": 33,
+                "biased": True,
+                "magnitude_of": "relu",
+                "cutoff": 0.4,
+            }
+            for tokens in (1, 3)
+        ),
+        {
+            "type": "Q4_K",
+            "tokens": 1,
+            "rows": 37,
+            "columns": 256,
+            "magnitude_of": "silu",
+            "biased": True,
+            "shifted": True,
+        },
     ),
     bench_cases=(
         {"type": "Q4_K", "tokens": 1, "rows": 11008, "columns": 4096, "magnitude_of": "silu", "threshold": 0.5},

@@ -19,10 +19,14 @@ def threshold_matmul(
     *,
     magnitude_of: str | None = None,
     shift: torch.Tensor | None = None,
+    gate_bias: torch.Tensor | None = None,
+    cutoff: float = 0.0,
     int8: bool = False,
 ) -> Thresholded:
-    check_inputs(x, weight, threshold, magnitude_of, shift)
-    values = quant_matmul(x, weight, int8=int8)
-    scores = values if magnitude_of is None else glu(values, activation=magnitude_of, magnitude=True, shift=shift)
+    check_inputs(x, weight, threshold, magnitude_of, shift, gate_bias, cutoff)
+    values = quant_matmul(x, weight, gate_bias, int8=int8)
+    scores = values
+    if magnitude_of is not None:
+        scores = glu(values, activation=magnitude_of, magnitude=True, shift=shift, cutoff=cutoff)
     mask = None if x.shape[0] == 1 else passes(scores, threshold)
     return Thresholded(select_active(scores, threshold), mask, values)

@@ -24,9 +24,9 @@ TILE = 32  # rows a program: 344 programs for 7B's 11,008 neurons, 896 for 70B's
 
 @triton.jit
 def _threshold_matmul_kernel(
-    x_ptr, weight_ptr, row_stride, threshold_ptr, shift_ptr, values_ptr, flags_ptr, tile_counts_ptr, rows,
-    WIDTH: tl.constexpr, GROUPS: tl.constexpr, TYPE: tl.constexpr, MAGNITUDE_OF: tl.constexpr,
-    PER_NEURON: tl.constexpr, HAS_SHIFT: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, BLOCK_G: tl.constexpr,
+    x_ptr, weight_ptr, row_stride, threshold_ptr, shift_ptr, bias_ptr, values_ptr, flags_ptr, tile_counts_ptr, rows,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr, TYPE: tl.constexpr, MAGNITUDE_OF: tl.constexpr, CUTOFF: tl.constexpr,
+    PER_NEURON: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_BIAS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     g = tl.arange(0, BLOCK_G)
     x = load_x(x_ptr, g, WIDTH, GROUPS, TYPE)
@@ -39,9 +39,11 @@ def _threshold_matmul_kernel(
         wanted = row < end
         raw = load_raw(weight_ptr + row.to(tl.int64) * row_stride, wanted, g, GROUPS, TYPE)
         value = dots(raw, x, x_sums, TYPE)  # [ROWS]
+        if HAS_BIAS:
+            value += tl.load(bias_ptr + row, mask=wanted, other=0.0)
         score = value
         if MAGNITUDE_OF != "":
-            score = activate(value, MAGNITUDE_OF)
+            score = activate(value, MAGNITUDE_OF, CUTOFF)
             if HAS_SHIFT:
                 score -= tl.load(shift_ptr + row, mask=wanted, other=0.0)
             score = tl.abs(score)
@@ -60,14 +62,18 @@ def threshold_matmul(
     *,
     magnitude_of: str | None = None,
     shift: torch.Tensor | None = None,
+    gate_bias: torch.Tensor | None = None,
+    cutoff: float = 0.0,
     int8: bool = False,
 ) -> Thresholded:
     """As the reference. Weights in blocks are repacked at every call: `repack` them once."""
-    check_inputs(x, weight, threshold, magnitude_of, shift)
+    check_inputs(x, weight, threshold, magnitude_of, shift, gate_bias, cutoff)
     weight = repack(weight)
     if x.shape[0] != 1:
-        values = quant_matmul(x, weight, int8=int8)
-        scores = values if magnitude_of is None else glu(values, activation=magnitude_of, magnitude=True, shift=shift)
+        values = quant_matmul(x, weight, gate_bias, int8=int8)
+        scores = values
+        if magnitude_of is not None:
+            scores = glu(values, activation=magnitude_of, magnitude=True, shift=shift, cutoff=cutoff)
         return Thresholded(*select_with_mask(scores, threshold), values)
     x = (rounded_for(x.float(), weight) if int8 else x).contiguous()
     groups, tiles = groups_of(weight), triton.cdiv(weight.rows, TILE)
@@ -78,9 +84,11 @@ def threshold_matmul(
     tile_counts = torch.empty(tiles, dtype=torch.int32, device=x.device)
     _threshold_matmul_kernel[(tiles,)](
         x, weight.blocks, weight.blocks.stride(0), threshold.contiguous(),
-        threshold if shift is None else shift.contiguous(), values, flags, tile_counts, weight.rows,
+        threshold if shift is None else shift.contiguous(),
+        threshold if gate_bias is None else gate_bias.contiguous(), values, flags, tile_counts, weight.rows,
         WIDTH=weight.columns, GROUPS=groups, TYPE=weight.type.name, MAGNITUDE_OF=magnitude_of or "",
-        PER_NEURON=threshold.numel() > 1, HAS_SHIFT=shift is not None, TILE=TILE, ROWS=rows, BLOCK_G=block_g,
+        CUTOFF=float(cutoff), PER_NEURON=threshold.numel() > 1, HAS_SHIFT=shift is not None,
+        HAS_BIAS=gate_bias is not None, TILE=TILE, ROWS=rows, BLOCK_G=block_g,
         num_warps=warps_here(num_warps), num_stages=1,
     )  # fmt: skip
     return Thresholded(compact(flags, tile_counts, TILE), None, values)
@@ -93,22 +101,34 @@ def builds() -> list[Build]:
         *(_build(name, rank, "") for name in ("Q8_0", "Q4_0") for rank in (128, 1024)),
         _build("Q4_K", 8192, "gelu_tanh"),
         _build("Q4_K", 4096, "silu", shifted=True),
+        _build("Q4_K", 4096, "relu", cutoff=0.01),
+        _build("F16", 4096, "", biased=True),
+        _build("Q8_0", 8192, "relu", biased=True),
     ]
 
 
-def _build(name: str, columns: int, magnitude_of: str, shifted: bool = False) -> Build:
+def _build(
+    name: str, columns: int, magnitude_of: str, *, shifted: bool = False, biased: bool = False, cutoff: float = 0.0
+) -> Build:
     arguments = {
-        **dict.fromkeys(("x_ptr", "threshold_ptr", "shift_ptr", "values_ptr"), FLOATS), "tile_counts_ptr": INTS,
+        **dict.fromkeys(("x_ptr", "threshold_ptr", "shift_ptr", "bias_ptr", "values_ptr"), FLOATS), "tile_counts_ptr": INTS,
         **dict.fromkeys(("weight_ptr", "flags_ptr"), BYTES), "row_stride": "i64", "rows": "i32",
     }  # fmt: skip
     block_g = triton.next_power_of_2(-(-columns // 32))
     rows, num_warps = rows_and_warps(block_g)
     constants = {
         "WIDTH": columns, "GROUPS": -(-columns // 32), "TYPE": name, "MAGNITUDE_OF": magnitude_of,
-        "PER_NEURON": not magnitude_of or shifted, "HAS_SHIFT": shifted, "TILE": TILE, "ROWS": rows, "BLOCK_G": block_g,
+        "CUTOFF": cutoff, "PER_NEURON": not magnitude_of or shifted, "HAS_SHIFT": shifted, "HAS_BIAS": biased, "TILE": TILE, "ROWS": rows, "BLOCK_G": block_g,
     }  # fmt: skip
-    strides, label = (
-        ("row_stride", "rows"),
-        f"threshold_matmul {name} columns={columns} {magnitude_of}{' shifted' if shifted else ''}",
+    on = "".join(f" {word}" for word, given in (("shifted", shifted), ("biased", biased), ("cutoff", cutoff)) if given)
+    strides, label = ("row_stride", "rows"), f"threshold_matmul {name} columns={columns} {magnitude_of}{on}"
+    return build_over_rows(
+        label,
+        _threshold_matmul_kernel,
+        arguments,
+        constants,
+        num_warps,
+        name,
+        strides=strides,
+        rows_share=0.95 if biased else 1.0,
     )
-    return build_over_rows(label, _threshold_matmul_kernel, arguments, constants, num_warps, name, strides=strides)

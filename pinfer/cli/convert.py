@@ -1,0 +1,97 @@
+"""pinfer convert: a model as standard GGUF or as a Hugging Face folder, whichever of the two it comes as."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from pinfer.cli import options
+from pinfer.cli.console import console, emit_json, note, printable, size
+from pinfer.cli.progress import duration, written
+from pinfer.formats import ModelFile, open_model
+from pinfer.formats.huggingface.folder import CONFIG
+from pinfer.formats.huggingface.write import folder_bytes, write_folder
+from pinfer.formats.model_config import check_tensors, model_config
+from pinfer.formats.standard import standard_tensors, write_standard
+from pinfer.kernels.ops import dequantize
+from pinfer.quant import BY_NAME, QuantType
+
+KEEP = "keep"
+TYPES = ("f16", "bf16", "f32")
+FORMS = ("gguf", "hf")
+
+
+def convert_command(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="GGUF file or Hugging Face folder to read.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="File or folder to write.")],
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="FORM", help="gguf or hf; left out: gguf for a name ending in .gguf, else hf."),
+    ] = None,
+    type_name: Annotated[
+        str,
+        typer.Option("--type", metavar="TYPE", help=f"{', '.join(TYPES)} or {KEEP}: the type of matrices."),
+    ] = KEEP,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Write a model in another form, its weights as they are or as floats; `pinfer quantize` makes them smaller."""
+    path = Path(output)
+    form, kind = _form(to, path), _kind(type_name)
+    with open_model(Path(source)) as file:
+        check_tensors(file, model_config(file))
+        _check_output(file, path, form, force)
+        started = time.perf_counter()
+        n_bytes = _write(file, path, form, kind, force)
+        seconds = time.perf_counter() - started
+        n_tensors = len(file.tensors)
+    if json:
+        emit_json({"path": str(path), "form": form, "tensors": n_tensors, "bytes": n_bytes, "seconds": seconds})
+        return
+    console().print(printable(f"{path}: {size(n_bytes)}, written in {duration(seconds)}"))
+
+
+def _form(to: str | None, path: Path) -> str:
+    form = to or ("gguf" if path.suffix == ".gguf" else "hf")
+    if form not in FORMS:
+        raise ValueError(f"--to {form} is none of {', '.join(FORMS)}")
+    return form
+
+
+def _kind(name: str) -> QuantType | None:
+    if name.lower() not in (*TYPES, KEEP):
+        raise ValueError(f"--type {name} is none of {', '.join((*TYPES, KEEP))}; pinfer quantize writes other types")
+    return BY_NAME.get(name.upper())
+
+
+def _check_output(file: ModelFile, path: Path, form: str, force: bool) -> None:
+    """FileExistsError for what is there already; ValueError where the output is, or holds, what is read."""
+    if not os.path.lexists(path):
+        return
+    if not force:
+        raise FileExistsError(f"{path} exists; --force replaces it")
+    if form == "gguf" and path.is_dir():
+        raise ValueError(f"{path} is a folder; name the file to write")
+    if form == "hf" and not (path.is_dir() and ((path / CONFIG).is_file() or not any(path.iterdir()))):
+        raise ValueError(f"{path} is no model's folder, so that --force does not replace it")
+    read = {part.path.resolve() for part in file.parts}
+    if form == "hf":
+        read |= {folder for part in file.parts for folder in (*part.path.resolve().parents, part.path.parent.resolve())}
+    if path.resolve() in read:
+        raise ValueError(f"{path}: the model is read from it; name another output")
+
+
+def _write(file: ModelFile, path: Path, form: str, kind: QuantType | None, force: bool) -> int:
+    with torch.inference_mode():
+        if form == "gguf":
+            with written(sum(tensor.nbytes for tensor in standard_tensors(file, kind, dequantize))) as progress:
+                return write_standard(file, path, kind, dequantize, progress=progress)
+        if "tokenizer.ggml.tokens" not in file.metadata:
+            note("the model has no tokenizer, so that the folder will have none")
+        with written(folder_bytes(file, kind, dequantize)) as progress:
+            return write_folder(file, path, kind, dequantize, replace=force, progress=progress)

@@ -1,0 +1,62 @@
+"""Any model file as standard GGUF, as llama.cpp's converter would have written it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pinfer.formats.fused import fused_groups
+from pinfer.formats.gguf_writer import Outgoing, fuse, metadata_of, stored, write_gguf
+from pinfer.formats.model_file import FLOAT_DTYPES, ModelFile
+from pinfer.formats.recast import Dequantize, recast
+from pinfer.quant import F32, QuantType
+
+FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}  # of general.file_type
+_ROUTER = ".ffn_gate_inp.weight"
+
+
+def write_standard(
+    file: ModelFile,
+    path: Path,
+    kind: QuantType | None,
+    dequantize: Dequantize,
+    *,
+    progress: Callable[[int], None] = lambda _: None,
+) -> int:
+    """Write a model as one GGUF file, its matrices as they are or as floats of type `kind`; returns the file's bytes.
+
+    Vectors, routers of experts and rope's factors are F32. Memory holds one piece at a time, or one tensor where a
+    folder's rows are put into GGUF's order. ValueError and OSError as of `write_gguf`, and nothing is written then.
+    """
+    return write_gguf(path, standard_metadata(file, kind), standard_tensors(file, kind, dequantize), progress=progress)
+
+
+def standard_metadata(file: ModelFile, kind: QuantType | None) -> dict[str, Any]:
+    metadata = metadata_of(file)
+    if kind is not None:
+        metadata["general.file_type"] = FILE_TYPES[str(kind)]
+    return metadata
+
+
+def standard_tensors(file: ModelFile, kind: QuantType | None, dequantize: Dequantize) -> list[Outgoing]:
+    """The tensors of a GGUF file, those that llama.cpp has fused joined."""
+    found = [_outgoing(file, name, kind, dequantize) for name in file.tensors]
+    groups = fused_groups(file.architecture)
+    n_layers = file.get(f"{file.architecture}.block_count", int)
+    fused = {
+        f"{whole.format(layer)}.{suffix}": [f"{part.format(layer)}.{suffix}" for part in parts]
+        for layer in range(n_layers)
+        for whole, parts in groups.items()
+        for suffix in ("weight", "bias")
+    }
+    return fuse(found, fused)
+
+
+def _outgoing(file: ModelFile, name: str, kind: QuantType | None, dequantize: Dequantize) -> Outgoing:
+    info = file.info(name)
+    if name.endswith(_ROUTER) and info.type in FLOAT_DTYPES:
+        kind = F32
+    if kind is None or len(info.shape) == 1 or info.type is kind:
+        return stored(file, name)
+    return recast(file, name, kind, dequantize)

@@ -1,0 +1,196 @@
+"""`pinfer convert`: every family from folder to GGUF and back, what is written and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections import namedtuple
+from functools import cache, partial
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from pinfer.cli.main import run
+from pinfer.formats import open_model
+from pinfer.formats.huggingface.rope import llama3_factors
+from pinfer.formats.huggingface.write import write_folder
+from pinfer.formats.standard import write_standard
+from pinfer.kernels.ops import dequantize
+from pinfer.quant import BF16, F16
+from tests.hf_models import FAMILIES, load_reference, make_folder, reference_logits
+
+IDS = [1, 17, 300, 42, 42, 260, 99, 401, 7, 311, 28, 133]
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# What config.json may have that says nothing about the function.
+UNSAID = {
+    "_sliding_window_pattern", "attention_dropout", "classifier_dropout", "dropout", "embd_pdrop", "hidden_dropout",
+    "init_std", "initializer_range", "layerdrop", "max_window_layers", "output_router_logits", "pretraining_tp",
+    "resid_pdrop", "router_aux_loss_coef", "router_jitter_noise", "transformers_version", "use_cache",
+    "bos_token_id", "eos_token_id", "pad_token_id", "rope_theta", "rope_scaling", "rope_parameters",
+}  # fmt: skip
+
+
+@cache
+def folder_of(name: str, dtype: torch.dtype = torch.float32) -> Path:
+    return make_folder(name, Path(mkdtemp(prefix="folder-")) / name, dtype=dtype)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def there_and_back(folder: Path, out: Path) -> tuple[Path, Path]:
+    """The folder as GGUF, and that as a folder again."""
+    gguf, back = out / "model.gguf", out / "back"
+    with open_model(folder) as file:
+        write_standard(file, gguf, None, dequantize)
+    with open_model(gguf) as file:
+        write_folder(file, back, None, dequantize)
+    return gguf, back
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_round_trip_keeps_every_tensor(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = folder_of(name, dtype)
+    _, back = there_and_back(folder, tmp_path)
+    before, after = tensors_of(folder), tensors_of(back)
+    assert before.keys() == after.keys()
+    for tensor in before:
+        one, two = before[tensor], after[tensor]
+        assert (one.dtype, one.shape) == (two.dtype, two.shape), tensor
+        if name.startswith("gemma") and "norm" in tensor and dtype is torch.float32:
+            one, two = one + 1, two + 1  # all that the model sees of them, and all that GGUF has
+        assert torch.equal(one, two), tensor
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_round_trip_keeps_the_function(name: str, tmp_path: Path) -> None:
+    """transformers computes the same, bit for bit, of both folders."""
+    folder = folder_of(name)
+    _, back = there_and_back(folder, tmp_path)
+    expected = reference_logits(load_reference(name, folder), IDS)
+    if FAMILIES[name].patch is None:
+        model = AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32, attn_implementation="eager").eval()
+    else:
+        model = load_reference(name, back)
+    assert torch.equal(reference_logits(model, IDS), expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_round_trip_keeps_the_config(name: str, tmp_path: Path) -> None:
+    folder = folder_of(name)
+    _, back = there_and_back(folder, tmp_path)
+    before, after = (json.loads((one / "config.json").read_text()) for one in (folder, back))
+    names = {"num_local_experts": "num_experts"} if name == "qwen3-moe" else {}
+    for key in before.keys() - UNSAID:
+        stated = after.get(names.get(key, key))
+        usual = {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "multi_query": None}
+        if stated is None and before[key] == usual.get(key):
+            continue
+        if key == "head_dim" and before[key] is None:  # width over heads
+            continue
+        if key in ("multi_query", "num_kv_heads", "layer_types", "enable_bias", "layer_norm_elementwise_affine"):
+            continue  # spelled in several ways; the function is compared above
+        if key in ("_remove_final_layer_norm", "ffn_hidden_size", "use_bidirectional_attention"):
+            continue
+        assert stated == before[key], key
+
+
+@pytest.mark.parametrize("kind", [F16, BF16])
+def test_types_are_converted(kind: object, tmp_path: Path) -> None:
+    with open_model(folder_of("phi3")) as file:
+        write_standard(file, tmp_path / "a.gguf", kind, dequantize)
+        expected = dequantize(file.tensor("blk.1.ffn_up.weight"))
+    with open_model(tmp_path / "a.gguf") as file:
+        assert {str(info.type) for info in file.tensors.values() if len(info.shape) == 1} == {"F32"}
+        assert file.info("blk.1.ffn_up.weight").type is kind
+        found = dequantize(file.tensor("blk.1.ffn_up.weight"))
+    dtype = torch.float16 if kind is F16 else torch.bfloat16
+    assert torch.equal(found, expected.to(dtype).float())
+
+
+def test_shards_hold_what_the_index_says(tmp_path: Path) -> None:
+    with open_model(folder_of("qwen2")) as file:
+        write_folder(file, tmp_path / "out", None, dequantize, shard_bytes=60_000)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 3
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        assert {name for name, where in index["weight_map"].items() if where == path.name} == load_file(path).keys()
+    assert torch.equal(tensors_of(tmp_path / "out")["lm_head.weight"], tensors_of(folder_of("qwen2"))["lm_head.weight"])
+
+
+def test_llama3_factors_are_those_of_transformers() -> None:
+    rotary = load_reference("llama3", folder_of("llama3")).model.rotary_emb
+    freqs = 1.0 / (10000.0 ** (torch.arange(0, 16, 2).float() / 16))
+    factors = llama3_factors(10000.0, 16, 8.0, 64, 1.0, 4.0)
+    torch.testing.assert_close(freqs / factors, rotary.inv_freq, rtol=1e-6, atol=0)
+    assert factors.min() == 1 and factors.max() == 8 and len(factors.unique()) > 2
+
+
+def test_command_writes_gguf_and_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gguf, back = tmp_path / "m.gguf", tmp_path / "back"
+    assert run(["convert", str(folder_of("llama2")), "-o", str(gguf), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] == gguf.stat().st_size
+    assert run(["convert", str(gguf), "-o", str(back), "--type", "bf16"]) == 0
+    assert (back / "tokenizer.json").is_file()
+    assert {tensor.dtype for tensor in tensors_of(back).values()} == {torch.bfloat16}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "m.gguf"]
+
+
+def refused(arguments: list[object], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
+    """The one line that a command line ends with."""
+    assert run([str(one) for one in arguments]) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_what_is_there_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, said = folder_of("llama2"), partial(refused, capsys=capsys)
+    old = tmp_path / "old.gguf"
+    old.write_bytes(b"kept")
+    assert "exists; --force" in said(["convert", source, "-o", old])
+    assert old.read_bytes() == b"kept"
+    assert run(["convert", str(source), "-o", str(old), "--force"]) == 0
+    assert old.read_bytes()[:4] == b"GGUF"
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "letter.txt").write_text("dear")
+    assert "is no model's folder" in said(["convert", old, "-o", mine, "--force"])
+    assert (mine / "letter.txt").read_text() == "dear"
+    assert "read from it" in said(["convert", old, "-o", old, "--force"])
+    assert "read from it" in said(["convert", source, "-o", source, "--to", "hf", "--force"])
+    assert "is a folder" in said(["convert", old, "-o", mine, "--to", "gguf", "--force"])
+
+
+@pytest.mark.parametrize("to", ["gguf", "hf"])
+def test_a_failure_leaves_nothing(to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A weight that F16 cannot hold stops the writing in its middle."""
+    folder = make_folder("qwen2", tmp_path / "big")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"][3, 4] = 1e6
+    save_file(weights, folder / "model.safetensors")
+    out = tmp_path / "out" / "new"
+    line = refused(["convert", folder, "-o", out, "--to", to, "--type", "f16"], capsys)
+    assert "ffn_down" in line and "1e+06" in line
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_full_disk_is_said_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr("pinfer.files.shutil.disk_usage", lambda _: usage(1000))
+    for to in ("gguf", "hf"):
+        line = refused(["convert", folder_of("llama2"), "-o", tmp_path / "out", "--to", to], capsys, code=1)
+        assert "out" in line and "no room" in line.lower()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("option", "value"), [("--type", "q4_k"), ("--to", "onnx")])
+def test_unknown_values_are_named(option: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert value in refused(["convert", folder_of("llama2"), "-o", tmp_path / "x", option, value], capsys)
