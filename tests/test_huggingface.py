@@ -102,6 +102,28 @@ def test_own_functions_of_sparse_models() -> None:
     assert bamboo.activation == "drelu"
 
 
+def test_the_text_part_of_a_model_with_images(tmp_path: Path) -> None:
+    """As Gemma 3 from 4B on is published: the text model's config and tensors one level down."""
+    text = folder_of("gemma3")
+    weights = {f"language_model.{name}": weight for name, weight in load_file(text / "model.safetensors").items()} | {
+        "vision_tower.vision_model.post_layernorm.weight": torch.zeros(4)
+    }
+    save_file(weights, tmp_path / "model.safetensors")
+    inner = json.loads((text / "config.json").read_text())
+    for usual in ("tie_word_embeddings", "hidden_activation"):
+        del inner[usual]
+    outer = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": inner}
+    (tmp_path / "config.json").write_text(json.dumps(outer))
+    with open_model(tmp_path) as file, open_model(text) as alone:
+        check_tensors(file, model_config(file))
+        assert file.tensors.keys() == alone.tensors.keys()
+        assert all(torch.equal(file.raw(name), alone.raw(name)) for name in alone.tensors)
+        stated = {key: value for key, value in alone.metadata.items() if key.startswith("gemma3.")}
+        assert {key: file.metadata.get(key) for key in stated} == stated
+    edit(tmp_path, quantization_config={"quant_method": "awq"})
+    refused(tmp_path, "awq")
+
+
 def test_turbosparse_predictors_are_left_aside(tmp_path: Path) -> None:
     folder = make_folder("turbosparse", tmp_path / "turbo")
     path = folder / "model.safetensors"

@@ -2,7 +2,7 @@
 
 from pinfer.chat.process import ChatTemplateError
 from pinfer.chat.render import Piece, Rendered, encode_chat, encode_rendered, render
-from pinfer.chat.templates import built_in, find_template, read_template, suitable, template_names
+from pinfer.chat.templates import built_in, find_template, read_template, stop_strings, suitable, template_names
 
 __all__ = [
     "ChatTemplateError",
@@ -14,6 +14,7 @@ __all__ = [
     "find_template",
     "read_template",
     "render",
+    "stop_strings",
     "suitable",
     "template_names",
 ]

@@ -16,6 +16,7 @@ TIME_LIMIT_S = 2.0
 START_LIMIT_S = 30.0
 MAX_REQUEST_BYTES = 64 * 2**20
 MAX_ANSWER_BYTES = 256 * 2**20  # what the worker's own limit on characters can come to
+MAX_REASON = 500  # characters of what a template says of itself
 WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -48,7 +49,8 @@ class Worker:
             )
         content = json.loads(answer)
         if "error" in content:
-            raise ChatTemplateError(f"the chat template cannot be rendered: {content['error']}")
+            reason = " ".join(str(content["error"]).split())[:MAX_REASON]
+            raise ChatTemplateError(f"the chat template cannot be rendered: {reason}")
         return content["pieces"]
 
     def close(self) -> None:

@@ -15,10 +15,11 @@ _KNOWN_BY = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "gemma": ("<start_of_turn>", "<end_of_turn>"),
     "phi-3": ("<|user|>", "<|assistant|>", "<|end|>"),
-    "mistral": ("[INST]", "[/INST]"),
+    "mistral-v3": ("[INST]", "[/INST]"),
     "falcon": (">>QUESTION<<", ">>ANSWER<<"),
 }
 DEFAULT = "alpaca"  # plain words alone, so that it suits every vocabulary
+_TURN_MARKS = {"alpaca": "### Instruction:", "falcon": "\nUser:"}
 
 
 def template_names() -> list[str]:
@@ -60,3 +61,8 @@ def read_template(name_or_path: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+def stop_strings(template: str) -> list[str]:
+    """Where answers end under a template that marks turns by plain words: no token of the model does it there."""
+    return [mark for name, mark in _TURN_MARKS.items() if template == built_in(name)]

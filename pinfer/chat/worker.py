@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import random
 import sys
@@ -59,35 +60,62 @@ def _check_name(name: Any) -> None:
         raise jinja2.exceptions.SecurityError(f"a namespace may not hold {name!r}")
 
 
-def _environment(now: datetime.datetime) -> jinja2.Environment:
+class _Clock:
+    """The time that a template may ask for: the same whenever one request is rendered anew."""
+
+    now = datetime.datetime.now()
+
+    def strftime(self, form: str) -> str:
+        return self.now.strftime(form)
+
+
+def _raise_exception(message: Any) -> None:
+    raise _Refused(f"it says: {message}")
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _environment(clock: _Clock) -> jinja2.Environment:
     """What transformers gives a template: whitespace as in its blocks, loop controls and a few functions."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols], cache_size=0
     )
-
-    def raise_exception(message: Any) -> None:
-        raise _Refused(f"it says: {message}")
-
-    def tojson(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment.filters["tojson"] = tojson
+    environment.filters["tojson"] = _tojson
     environment.globals.update(
-        raise_exception=raise_exception,
-        strftime_now=now.strftime,
+        raise_exception=_raise_exception,
+        strftime_now=clock.strftime,
         namespace=_Namespace,
         dict=lambda *args, **values: dict(*args, **values),
     )
     return environment
 
 
-def _run(environment: jinja2.Environment, program: jinja2.nodes.Template, variables: dict[str, Any]) -> str:
+CLOCK = _Clock()
+ENVIRONMENT = _environment(CLOCK)
+
+
+@functools.lru_cache(maxsize=32)
+def _program(source: str, marks: marking.Marks | None, cautious: bool) -> jinja2.Template:
+    """A template compiled, its literals marked if there are `marks`."""
+    parsed = ENVIRONMENT.parse(source)
+    if marks is not None:
+        marking.put_marks(parsed, marks, cautious)
+    return jinja2.Template.from_code(ENVIRONMENT, ENVIRONMENT.compile(parsed), ENVIRONMENT.make_globals(None))
+
+
+@functools.lru_cache(maxsize=32)
+def _marks(tokens: tuple[str, ...], roles: tuple[str, ...]) -> marking.Marks:
+    return marking.Marks(list(tokens), list(roles))
+
+
+def _run(program: jinja2.Template, variables: dict[str, Any]) -> str:
     random.seed(0)  # the same again, should the template draw
-    template = jinja2.Template.from_code(environment, environment.compile(program), environment.make_globals(None))
     parts, size = [], 0
-    for part in template.generate(variables):
+    for part in program.generate(variables):
         size += len(part)
         if size > MAX_OUTPUT:
             raise _Refused(f"its output has more than {MAX_OUTPUT} characters")
@@ -97,21 +125,21 @@ def _run(environment: jinja2.Environment, program: jinja2.nodes.Template, variab
 
 def render(request: dict[str, Any]) -> list[tuple[str, bool]]:
     """The pieces of a chat. Should marks change what a template does, more cautious ones are tried, at last none."""
-    environment = _environment(datetime.datetime.now())
+    CLOCK.now = datetime.datetime.now()
     source, variables, named = request["template"], request["variables"], request["named"]
-    plain = _run(environment, environment.parse(source), named | variables)
-    if any("\ud800" <= char <= "\udfff" for char in plain):
-        raise _Refused("its output is not valid Unicode")
-    tokens = request["tokens"]
-    unsaid = [token for token in tokens if token not in request["said"]]
+    plain = _run(_program(source, None, False), named | variables)
+    try:
+        plain.encode()
+    except UnicodeEncodeError:
+        raise _Refused("its output is not valid Unicode") from None
+    tokens, roles = tuple(request["tokens"]), tuple(request["roles"])
+    unsaid = tuple(token for token in tokens if token not in request["said"])
     for cautious in (False, True):
         for chosen in (tokens, unsaid) if unsaid != tokens else (tokens,):
-            marks = marking.Marks(chosen, request["roles"])
-            program = environment.parse(source)
-            marking.put_marks(program, marks, cautious)
+            marks = _marks(chosen, roles)
             marked = {name: marks.put(text) if text in chosen else text for name, text in named.items()}
             with contextlib.suppress(Exception):
-                output = _run(environment, program, marked | variables)
+                output = _run(_program(source, marks, cautious), marked | variables)
                 if marks.without(output) == plain:
                     return marks.pieces(output)
     return [(plain, False)] if plain else []

@@ -41,6 +41,7 @@ from pinfer.files import temporary
 from pinfer.formats import ModelFile
 from pinfer.formats.gguf import GGUFFile
 from pinfer.formats.pages import release_pages
+from pinfer.formats.powerinfer import down_rows
 from pinfer.input_sparse_ffn import InputMajorWeights
 from pinfer.kernels.cpp.build import cache_folder
 from pinfer.kernels.transpose import transpose_weights
@@ -79,8 +80,10 @@ class Prepared:
     def downs(self) -> DownMaker:
         """Each FFN's transposed `down`, by its number in `Transformer.ffns`.
 
-        Mapped from its file, which is written if need be, or made in memory.
+        The model's own rows, or mapped from a file, which is written if need be, or made in memory.
         """
+        if self._file.has(down_rows(0)):
+            return lambda layer, _: (self._file.tensor(down_rows(layer)), 0.0)
         if not self._kept:
             return self._transposed
         suffix = ".pinfer-down.gguf"

@@ -10,7 +10,7 @@ from typing import Any
 
 from pinfer.formats.errors import FormatError, shown
 from pinfer.formats.fused import split_fused
-from pinfer.formats.gguf_header import MAX_TENSORS, Header, TensorEntry, read_header
+from pinfer.formats.gguf_header import MAGIC, MAX_TENSORS, POWERINFER_MAGIC, Header, TensorEntry, read_header
 from pinfer.formats.model_file import ModelFile, Part, TensorInfo, map_file
 from pinfer.quant import BY_ID, QUANT_TYPES
 
@@ -21,7 +21,7 @@ MAX_PARTS = 1024
 # Types of ggml that nothing here computes on, named so that the message can say what a file holds.
 UNSUPPORTED_TYPES = {
     4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K",
-    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",
+    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S",
     24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M",
     31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 34: "TQ1_0", 35: "TQ2_0",
     36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
@@ -45,7 +45,7 @@ class GGUFFile(ModelFile):
         """
         path = Path(path)
         file = map_file(path)
-        header = read_header(file, path)
+        header = read_header(file, path, (MAGIC, POWERINFER_MAGIC))
         if header.metadata.get("split.count", 0) not in (0, 1):
             first, parts, found = _open_split(path, header)
         else:

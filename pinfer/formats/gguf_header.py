@@ -34,8 +34,9 @@ _NESTED_COST = 16  # an inner array takes about as long to read as 16 strings
 _MIN_KEY_BYTES = 8 + 1 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
 
+MAGIC, POWERINFER_MAGIC = b"GGUF", b"PWRI"  # the second with the same layout
+
 _OTHER_MAGICS = {
-    b"PWRI": "PowerInfer GGUF is not supported yet",
     b"lmgg": "this is the GGML format of before GGUF; convert the model again",
     b"fmgg": "this is the GGMF format of before GGUF; convert the model again",
     b"tjgg": "this is the GGJT format of before GGUF; convert the model again",
@@ -145,14 +146,14 @@ class _Cursor:
         return values
 
 
-def read_header(file: mmap.mmap, path: Path) -> Header:
+def read_header(file: mmap.mmap, path: Path, magics: tuple[bytes, ...] = (MAGIC,)) -> Header:
     """Read the header of a mapped file, touching nothing behind it.
 
     Metadata values are Python scalars, `str`, and (nested) lists of these. Raises FormatError for
-    anything that is not a well-formed little-endian GGUF v2 or v3 header.
+    anything that is not a well-formed little-endian GGUF v2 or v3 header under one of the `magics`.
     """
     cursor = _Cursor(file, path)
-    version = _version(cursor)
+    version = _version(cursor, magics)
     n_tensors = cursor.count("tensor count", _MIN_TENSOR_BYTES, MAX_TENSORS)
     n_keys = cursor.count("metadata key count", _MIN_KEY_BYTES, MAX_KEYS)
     metadata = _metadata(cursor, n_keys)
@@ -160,10 +161,10 @@ def read_header(file: mmap.mmap, path: Path) -> Header:
     return Header(version, metadata, entries, cursor.pos)
 
 
-def _version(cursor: _Cursor) -> int:
+def _version(cursor: _Cursor, magics: tuple[bytes, ...]) -> int:
     cursor.require(4)
     magic = cursor.file[:4]
-    if magic != b"GGUF":
+    if magic not in magics:
         raise cursor.error(_OTHER_MAGICS.get(magic, f"the file starts with {magic!r}, not with b'GGUF'"))
     cursor.pos = 4
     version = cursor.number(_U32)

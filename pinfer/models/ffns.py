@@ -13,6 +13,7 @@ from pinfer.ffn import DenseFFN
 from pinfer.kernels.ops import quant_matmul
 from pinfer.models.layers import optional_vector
 from pinfer.models.weights import WeightSource
+from pinfer.neuron_major_ffn import NeuronMajorFFN
 from pinfer.quant import QuantTensor
 
 
@@ -65,10 +66,11 @@ def build_ffn(weights: WeightSource, config: ModelConfig, prefix: str) -> nn.Mod
 def _dense(weights: WeightSource, config: ModelConfig, prefix: str) -> DenseFFN:
     """Gated or not: the up matrix of an ungated FFN stands as its gate."""
     gate = "ffn_gate" if config.gated else "ffn_up"
-    return DenseFFN(
+    by_neuron = weights.has(f"{prefix}ffn_down_t.weight")
+    return (NeuronMajorFFN if by_neuron else DenseFFN)(
         weights.tensor(f"{prefix}{gate}.weight"),
         weights.tensor(f"{prefix}ffn_up.weight") if config.gated else None,
-        weights.tensor(f"{prefix}ffn_down.weight"),
+        weights.tensor(f"{prefix}{'ffn_down_t' if by_neuron else 'ffn_down'}.weight"),
         config.activation,
         optional_vector(weights, f"{prefix}{gate}.bias"),
         optional_vector(weights, f"{prefix}ffn_down.bias"),

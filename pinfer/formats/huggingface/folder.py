@@ -16,14 +16,15 @@ from typing import Any
 import torch
 
 from pinfer.formats.errors import FormatError, shown
-from pinfer.formats.huggingface.families import Described, describe
+from pinfer.formats.huggingface.describe import Described, describe
 from pinfer.formats.huggingface.json_file import Node
-from pinfer.formats.huggingface.names import Change, Link, folder_names, is_ignored, links, row_orders
+from pinfer.formats.huggingface.names import Change, Link, folder_names, is_ignored, links, row_orders, text_name
 from pinfer.formats.huggingface.names import describe as misshapen
 from pinfer.formats.huggingface.safetensors_file import TYPES, Stored
 from pinfer.formats.huggingface.shards import open_shards
 from pinfer.formats.huggingface.tokenizer import tokenizer_metadata
 from pinfer.formats.model_file import FLOAT_DTYPES, MADE, ModelFile, Part, TensorInfo, map_file
+from pinfer.formats.pages import release_bytes
 from pinfer.quant import F32, QuantTensor, QuantType
 
 CONFIG = "config.json"
@@ -60,6 +61,8 @@ class HFFolder(ModelFile):
         described = describe(Node.read(folder / CONFIG, MAX_CONFIG_BYTES))
         shards = open_shards(folder)
         stored = {name: one for shard in shards for name, one in shard.tensors.items()}
+        if described.with_images:
+            stored = {text: one for name, one in stored.items() if (text := text_name(name)) is not None}
         parts: list[Part] = [*shards, Part(folder / CONFIG, map_file(folder / CONFIG))]
         build = _Tensors(parts, stored, described)
         described.metadata.update(_general(folder, build.tensors))
@@ -146,9 +149,9 @@ class _Tensors:
                 raise self._error(odd, f"is {odd.dtype}, the first expert's is {first.dtype}")
             shape = (len(sources), *first.shape)
             self.stacks[link.gguf[0]] = [partial(self._aligned, one) for one in sources]
-            self._make(link.gguf[0], shape, kind, lambda: torch.cat([self._raw(one) for one in sources]))
+            self._make(link.gguf[0], shape, kind, lambda: self._made(torch.cat, sources))
         elif link.change is Change.PLUS_ONE:
-            self._make(link.gguf[0], first.shape, F32, lambda: _plus_one(self._raw(first), kind))
+            self._make(link.gguf[0], first.shape, F32, lambda: self._made(partial(_plus_one, kind), [first]))
         else:
             for name, order in zip(link.gguf, row_orders(link, self._dims), strict=True):
                 self._place_rows(name, first, order)
@@ -157,7 +160,7 @@ class _Tensors:
         kind, row_bytes = TYPES[source.dtype], source.nbytes // source.shape[0]
         if isinstance(order, torch.Tensor):
             shape = (order.numel(), *source.shape[1:])
-            self._make(name, shape, kind, lambda: self._raw(source).view(-1, row_bytes)[order].view(-1))
+            self._make(name, shape, kind, lambda: self._made(partial(_reordered, row_bytes, order), [source]))
             return
         start, stop, _ = order.indices(source.shape[0])
         shape, nbytes = (stop - start, *source.shape[1:]), (stop - start) * row_bytes
@@ -171,6 +174,14 @@ class _Tensors:
         self.tensors[name] = TensorInfo(name, shape, kind, 0, nbytes, MADE)
         self.recipes[name] = recipe
 
+    def _made(self, of: Callable[[list[torch.Tensor]], torch.Tensor], sources: list[Stored]) -> torch.Tensor:
+        """What `of` makes of the bytes of tensors, whose pages are let go of."""
+        raw = [self._raw(one) for one in sources]
+        made = of(raw)
+        for one in raw:
+            release_bytes(one)
+        return made
+
     def _aligned(self, one: Stored) -> torch.Tensor:
         """A view, or a copy where kernels could not read whole numbers from it."""
         raw = self._raw(one)
@@ -180,8 +191,12 @@ class _Tensors:
         return self._parts[one.part].data[one.offset : one.offset + one.nbytes]
 
 
-def _plus_one(raw: torch.Tensor, kind: QuantType) -> torch.Tensor:
-    return (raw.clone().view(FLOAT_DTYPES[kind]).float() + 1).view(torch.uint8)
+def _plus_one(kind: QuantType, raw: list[torch.Tensor]) -> torch.Tensor:
+    return (raw[0].clone().view(FLOAT_DTYPES[kind]).float() + 1).view(torch.uint8)
+
+
+def _reordered(row_bytes: int, order: torch.Tensor, raw: list[torch.Tensor]) -> torch.Tensor:
+    return raw[0].view(-1, row_bytes)[order].view(-1)
 
 
 def _general(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, Any]:

@@ -266,3 +266,17 @@ _PREDICTORS = ".mlp.predictor."
 def is_ignored(name: str) -> bool:
     """Whether the model is the same without a tensor of the folder."""
     return name.endswith(_BUFFERS) or _PREDICTORS in name
+
+
+_TEXT_PREFIXES = ("language_model.model.", "model.language_model.")
+_IMAGE_PREFIXES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+
+
+def text_name(name: str) -> str | None:
+    """A tensor of a model of images and text under its name in a model of text; None where it is of images."""
+    if name.startswith(_IMAGE_PREFIXES):
+        return None
+    for prefix in _TEXT_PREFIXES:
+        if name.startswith(prefix):
+            return "model." + name.removeprefix(prefix)
+    return name.removeprefix("language_model.")
