@@ -25,8 +25,8 @@ class Prediction(NamedTuple):
 
     active:      union over the tokens (see `Active`).
     mask:        bool [T, N], which of them each token uses; None for one token.
-    gate_values: float32 [T, N], g_i · x where the predictor had to compute it; else None.
-    shift:       float32 [N] or None: y is to be summed over (act(g_i · x) - shift_i) · (u_i · x) · d_i.
+    gate_values: float32 [T, N], g_i · x with its bias where the predictor had to compute it; else None.
+    shift:       float32 [N] or None: y is to be summed over (act(g_i · x + b_i) - shift_i) · (u_i · x) · d_i.
     """
 
     active: Active
