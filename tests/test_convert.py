@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from pinfer.cli.main import run
 from pinfer.config import RunConfig
 from pinfer.engine import SHIPPED_MODEL, load_engine
+from pinfer.engine.mapped import fingerprint
 from pinfer.formats import open_model
 from pinfer.formats.huggingface.rope import llama3_factors
 from pinfer.formats.huggingface.write import write_folder
@@ -181,6 +182,24 @@ def test_a_failure_leaves_nothing(to: str, tmp_path: Path, capsys: pytest.Captur
     line = refused(["convert", folder, "-o", out, "--to", to, "--type", "f16"], capsys)
     assert "ffn_down" in line and "1e+06" in line
     assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["gguf", "hf"])
+def test_an_interrupt_leaves_what_was_there(
+    to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    command = ["convert", str(folder_of("llama2")), "-o", str(out), "--to", to, "--force"]
+    assert run(command) == 0
+    before = fingerprint(open_model(out))
+
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pinfer.cli.progress._Tenths.__call__", interrupted)
+    assert run(command) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert fingerprint(open_model(out)) == before
 
 
 def test_a_full_disk_is_said_before(

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from pinfer.cli.main import run
 from pinfer.config import RunConfig
 from pinfer.engine import load_engine
-from pinfer.engine.mapped import fingerprint
+from pinfer.engine.mapped import _pieces, fingerprint
 from pinfer.engine.prepared import Prepared
 from pinfer.formats import open_model
 from pinfer.formats.errors import FormatError
@@ -171,6 +171,29 @@ def test_fingerprint_is_over_config_and_weights(llama: Path) -> None:
     config = llama / "config.json"
     config.write_text(config.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 10001.0'))
     assert fingerprint(open_model(llama), timed=False) != before
+
+
+def test_a_fingerprint_reads_headers_alone_of_what_is_made(tmp_path: Path) -> None:
+    """A shard of experts holds nothing that is shown where it lies, and may be of any size."""
+    folder = Path(shutil.copytree(folder_of("mixtral"), tmp_path / "mixtral"))
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    where = {name: "experts.safetensors" if "experts" in name else "others.safetensors" for name in weights}
+    for shard in set(where.values()):
+        save_file({name: one for name, one in weights.items() if where[name] == shard}, folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    with open_model(folder) as file:
+        assert [part.path.name for part in file.parts] == ["experts.safetensors", "others.safetensors", "config.json"]
+        pieces = list(_pieces(file.parts[0], [info for info in file.tensors.values() if info.part == 0]))
+        assert len(pieces[0]) == 8 + int.from_bytes((folder / "experts.safetensors").read_bytes()[:8], "little")
+        expert = weights["model.layers.1.block_sparse_moe.experts.2.w2.weight"]
+        found = file.expert("blk.1.ffn_down_exps.weight", 2)
+        assert torch.equal(found.blocks.view(torch.float32), expert)
+        mapped = {part.data.untyped_storage().data_ptr() for part in file.parts}
+        assert found.blocks.untyped_storage().data_ptr() in mapped
+        for number in (-1, 4):
+            with pytest.raises(FormatError, match="has no matrix"):
+                file.expert("blk.1.ffn_down_exps.weight", number)
 
 
 def test_kept_files_lie_beside_the_folder(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from pinfer.formats import ModelFile, TensorInfo
+from pinfer.formats.model_file import Part
 
 SAMPLE_BYTES, SAMPLES = 4096, 64
 
@@ -24,15 +25,15 @@ def fingerprint(file: ModelFile, *, timed: bool = True) -> str:
     for number, part in enumerate(file.parts):
         tensors = [info for info in file.tensors.values() if info.part == number]
         digest.update(f"{part.data.numel()} {part.path.stat().st_mtime_ns if timed else 0}".encode())
-        for piece in _pieces(part.data, tensors):
+        for piece in _pieces(part, tensors):
             digest.update(piece.numpy().data)
     return digest.hexdigest()[:32]
 
 
-def _pieces(data: torch.Tensor, tensors: list[TensorInfo]) -> Iterator[torch.Tensor]:
+def _pieces(part: Part, tensors: list[TensorInfo]) -> Iterator[torch.Tensor]:
     """What a fingerprint reads of one part."""
-    size = data.numel()
-    yield data[: min((info.offset for info in tensors), default=size)]
+    data, size = part.data, part.data.numel()
+    yield data[: part.header_bytes or min((info.offset for info in tensors), default=size)]
     for info in sorted(tensors, key=lambda info: info.name):
         if info.name.endswith(("ffn_down.weight", "ffn_down_t.weight", "ffn_down_exps.weight")):
             flat = data[info.offset : info.offset + info.nbytes]
