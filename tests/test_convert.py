@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import namedtuple
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from tempfile import mkdtemp
 
 import pytest
 import torch
@@ -23,10 +22,10 @@ from pinfer.formats.huggingface.write import write_folder
 from pinfer.formats.standard import write_standard
 from pinfer.kernels.ops import dequantize
 from pinfer.quant import BF16, F16, Q8_0, QuantType
+from tests.hf_folders import IDS, folder_of
 from tests.hf_models import FAMILIES, load_reference, make_folder, reference_logits
 from tests.powerinfer_files import write_powerinfer
 
-IDS = [1, 17, 300, 42, 42, 260, 99, 401, 7, 311, 28, 133]
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # What config.json may have that says nothing about the function.
 UNSAID = {
@@ -35,11 +34,6 @@ UNSAID = {
     "resid_pdrop", "router_aux_loss_coef", "router_jitter_noise", "transformers_version", "use_cache",
     "bos_token_id", "eos_token_id", "pad_token_id", "rope_theta", "rope_scaling", "rope_parameters",
 }  # fmt: skip
-
-
-@cache
-def folder_of(name: str, dtype: torch.dtype = torch.float32) -> Path:
-    return make_folder(name, Path(mkdtemp(prefix="folder-")) / name, dtype=dtype)
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
