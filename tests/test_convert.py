@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import namedtuple
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from tempfile import mkdtemp
 
 import pytest
 import torch
@@ -16,16 +15,17 @@ from transformers import AutoModelForCausalLM
 from pinfer.cli.main import run
 from pinfer.config import RunConfig
 from pinfer.engine import SHIPPED_MODEL, load_engine
+from pinfer.engine.mapped import fingerprint
 from pinfer.formats import open_model
 from pinfer.formats.huggingface.rope import llama3_factors
 from pinfer.formats.huggingface.write import write_folder
 from pinfer.formats.standard import write_standard
 from pinfer.kernels.ops import dequantize
 from pinfer.quant import BF16, F16, Q8_0, QuantType
+from tests.hf_folders import IDS, folder_of
 from tests.hf_models import FAMILIES, load_reference, make_folder, reference_logits
 from tests.powerinfer_files import write_powerinfer
 
-IDS = [1, 17, 300, 42, 42, 260, 99, 401, 7, 311, 28, 133]
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # What config.json may have that says nothing about the function.
 UNSAID = {
@@ -34,11 +34,6 @@ UNSAID = {
     "resid_pdrop", "router_aux_loss_coef", "router_jitter_noise", "transformers_version", "use_cache",
     "bos_token_id", "eos_token_id", "pad_token_id", "rope_theta", "rope_scaling", "rope_parameters",
 }  # fmt: skip
-
-
-@cache
-def folder_of(name: str, dtype: torch.dtype = torch.float32) -> Path:
-    return make_folder(name, Path(mkdtemp(prefix="folder-")) / name, dtype=dtype)
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -181,6 +176,24 @@ def test_a_failure_leaves_nothing(to: str, tmp_path: Path, capsys: pytest.Captur
     line = refused(["convert", folder, "-o", out, "--to", to, "--type", "f16"], capsys)
     assert "ffn_down" in line and "1e+06" in line
     assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["gguf", "hf"])
+def test_an_interrupt_leaves_what_was_there(
+    to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    command = ["convert", str(folder_of("llama2")), "-o", str(out), "--to", to, "--force"]
+    assert run(command) == 0
+    before = fingerprint(open_model(out))
+
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pinfer.cli.progress._Tenths.__call__", interrupted)
+    assert run(command) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert fingerprint(open_model(out)) == before
 
 
 def test_a_full_disk_is_said_before(

@@ -118,11 +118,11 @@ def _check_output(file: ModelFile, path: Path, form: str, force: bool) -> None:
 def _write(file: ModelFile, path: Path, form: str, kind: QuantType | None, force: bool) -> int:
     if is_neuron_major(file):
         file = RowMajor(file, dequantize)
+    if "tokenizer.ggml.tokens" not in file.metadata:
+        note("the model has no tokenizer, and what is written will have none")
     with torch.inference_mode():
         if form == "gguf":
             with written(sum(tensor.nbytes for tensor in standard_tensors(file, kind, dequantize))) as progress:
                 return write_standard(file, path, kind, dequantize, progress=progress)
-        if "tokenizer.ggml.tokens" not in file.metadata:
-            note("the model has no tokenizer, so that the folder will have none")
         with written(folder_bytes(file, kind, dequantize)) as progress:
             return write_folder(file, path, kind, dequantize, replace=force, progress=progress)
