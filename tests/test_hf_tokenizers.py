@@ -20,8 +20,9 @@ from pinfer.formats.errors import FormatError
 from pinfer.formats.huggingface.sentencepiece import read_sentencepiece
 from pinfer.formats.huggingface.tokenizer import tokenizer_metadata, write_tokenizer
 from pinfer.formats.tokenizer import Tokenizer, load_tokenizer
+from pinfer.formats.tokenizer_pre import PRE_TOKENIZERS
 from tests.hf_tokenizers import FAMILIES, sentencepiece_model
-from tests.tokenizer_vocabs import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED
+from tests.tokenizer_vocabs import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED, bpe_metadata
 
 TRICKY = json.loads((Path(__file__).parent / "data" / "tricky_strings.json").read_text(encoding="utf-8"))
 KEY = "tokenizer.ggml."
@@ -39,6 +40,9 @@ TEXTS = st.lists(
     ),
     max_size=10,
 ).map("".join)
+SPLIT = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated", "invert": False}
+CASELESS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+END = r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -218,6 +222,33 @@ class TestBack:
         assert auto(text)["input_ids"] == expected
 
 
+class TestPreTokenizers:
+    @pytest.mark.parametrize("name", sorted(PRE_TOKENIZERS))
+    def test_every_row_goes_out_and_comes_back(self, name: str, tmp_path: Path) -> None:
+        write_tokenizer(tmp_path, bpe_metadata(name, bos_token_id=0))
+        again = tokenizer_metadata(tmp_path)[f"{KEY}pre"]
+        there, here = PRE_TOKENIZERS[again], PRE_TOKENIZERS[name]
+        assert (there.patterns, there.ignore_merges) == (here.patterns, here.ignore_merges)
+
+    @pytest.mark.parametrize(
+        ("name", "steps"),
+        [
+            ("qwen35", [CASELESS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+" + END]),
+            ("bailingmoe", [r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"]),
+            ("llama-bpe", [CASELESS + "|[^\r\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+" + END]),
+            ("deepseek-coder", ["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", None]),
+            ("starcoder", [None]),
+        ],
+    )  # fmt: skip
+    def test_published_spellings(self, name: str, steps: list[str | None], tmp_path: Path) -> None:
+        digits = {"type": "Digits", "individual_digits": True}
+        parts = [digits if step is None else SPLIT | {"pattern": {"Regex": step}} for step in steps]
+        parts.append({"type": "ByteLevel", "add_prefix_space": False, "use_regex": name == "starcoder"})
+        FAMILIES["llama3" if PRE_TOKENIZERS[name].ignore_merges else "gpt2"](tmp_path)
+        changed(tmp_path, at("pre_tokenizer")({"type": "Sequence", "pretokenizers": parts}))
+        assert tokenizer_metadata(tmp_path)[f"{KEY}pre"] == name
+
+
 @cache
 def written(family: str) -> tuple[Tokenizer, Any, Any]:
     """A family's folder written anew, as read by pinfer and by transformers in two ways."""
@@ -249,7 +280,6 @@ def at(*keys: Any) -> Callable[..., Callable[[dict[str, Any]], None]]:
     return to
 
 
-SPLIT = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated", "invert": False}
 WORDS = {"type": "Sequence", "pretokenizers": [SPLIT, {"type": "ByteLevel", "use_regex": False}]}
 
 
