@@ -188,6 +188,18 @@ class TestMetadata:
         (tmp_path / "generation_config.json").write_text('{"eos_token_id": [902, 900]}')
         assert load_tokenizer(tokenizer_metadata(tmp_path)).eog_ids == {900, 902}
 
+    def test_added_tokens_that_the_model_has_no_rows_for(self) -> None:
+        """As Gemma 3's mark for images in its text models."""
+        metadata = tokenizer_metadata(folder("qwen3"), vocab_size=903)
+        assert metadata[f"{KEY}tokens"][-1] == "<|im_end|>" and len(metadata[f"{KEY}tokens"]) == 903
+        assert "<|endoftext|>" in tokenizer_metadata(folder("gpt2"), vocab_size=901)[f"{KEY}tokens"]
+        assert f"{KEY}eos_token_id" not in tokenizer_metadata(folder("gpt2"), vocab_size=900)
+
+    def test_a_tokenizer_model_that_cannot_be_read_is_not_missed(self, tmp_path: Path) -> None:
+        FAMILIES["llama2"](tmp_path)
+        (tmp_path / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+        assert tokenizer_metadata(tmp_path) == tokenizer_metadata(folder("llama2"))
+
     def test_chat_templates(self, tmp_path: Path) -> None:
         FAMILIES["gpt2"](tmp_path)
         path = tmp_path / "tokenizer_config.json"
@@ -204,7 +216,9 @@ class TestMetadata:
 class TestBack:
     @every_family
     def test_the_same_metadata_comes_back(self, family: str, tmp_path: Path) -> None:
-        metadata = tokenizer_metadata(folder(family), vocab_size=950) | {"tokenizer.chat_template": "{{ 'é' }}"}
+        metadata = tokenizer_metadata(folder(family), vocab_size=950)
+        metadata |= {"tokenizer.chat_template": "{{ 'é' }}", "tokenizer.chat_template.tool_use": "x"}
+        metadata["tokenizer.chat_templates"] = ["tool_use"]
         write_tokenizer(tmp_path, metadata)
         again = tokenizer_metadata(tmp_path, vocab_size=950)
         scores = f"{KEY}scores"
@@ -343,8 +357,8 @@ class TestRefused:
             tokenizer_metadata(tmp_path)
 
     def test_too_many_tokens_for_the_model(self) -> None:
-        with pytest.raises(FormatError, match="has 901 tokens, the model 900 rows"):
-            tokenizer_metadata(folder("gpt2"), vocab_size=900)
+        with pytest.raises(FormatError, match="has 900 tokens, the model 899 rows"):
+            tokenizer_metadata(folder("gpt2"), vocab_size=899)
 
     def test_no_tokenizer(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
