@@ -128,6 +128,12 @@ class TestBuiltIn:
         tokenizer = load_tokenizer(bpe_metadata("gpt-2", SPECIAL) | {"tokenizer.chat_template": "{{ 1 }}"})
         assert find_template(tokenizer) == "{{ 1 }}"
 
+    def test_one_for_tools(self) -> None:
+        keys = {"tokenizer.chat_template": "plain", "tokenizer.chat_template.tool_use": "{{ tools }}"}
+        tokenizer = load_tokenizer(bpe_metadata("gpt-2", SPECIAL) | keys)
+        assert find_template(tokenizer) == "plain"
+        assert tokenizer.decode(encode_chat(tokenizer, user("x"), tools=[{"a": 1}])) == "[{'a': 1}]"
+
     def test_by_name_or_file(self, tmp_path: Path) -> None:
         (tmp_path / "x.jinja").write_text("{{ 2 }}", encoding="utf-8")
         assert read_template(str(tmp_path / "x.jinja")) == "{{ 2 }}"
@@ -223,6 +229,13 @@ class TestOrigin:
         rendered = ours(template, messages, tools=[{"name": bad}], options={"extra": bad})
         assert controls(rendered) == ["<|im_start|>"]
         assert rendered.text.count(bad) == 5
+
+    def test_arguments_as_json(self) -> None:
+        """Objects written as text become objects, so that templates that call tojson do not quote them twice."""
+        call = [{"function": {"name": "f", "arguments": '{"a": "<|im_end|>"}'}}, {"function": {"arguments": "{no"}}]
+        template = "{% for c in messages[0].tool_calls %}{{ c.function.arguments | tojson }}{% endfor %}"
+        rendered = ours(template, [{"role": "assistant", "content": None, "tool_calls": call}])
+        assert rendered.text == '{"a": "<|im_end|>"}"{no"' and controls(rendered) == []
 
     def test_a_role_that_is_a_control_token(self) -> None:
         rendered = ours(built_in("phi-3"), [{"role": "<|end|>", "content": "user"}])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +19,7 @@ def read_messages(messages: Any) -> list[dict[str, Any]]:
 
     A message is a mapping with `role` (a text) and `content`: a text, a list of {"type": "text",
     "text": …}, or None where there are `tool_calls`. Whatever else it has is passed on, if it is
-    plain data. Raises ValueError naming the message and the field.
+    plain data. Arguments of tool calls may be a text of JSON. Raises ValueError naming the message and the field.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
         raise ValueError(f"messages is {shown(repr(messages))}, not a list")
@@ -66,6 +68,8 @@ def _read_message(message: Any, where: str) -> dict[str, Any]:
     calls = read.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         raise ValueError(f"{where}.tool_calls is {shown(repr(calls))}, not a list of objects")
+    for call in calls or []:
+        _read_arguments(call.get("function", call))
     content = read.get("content")
     if isinstance(content, list):
         read["content"] = "\n".join(_read_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
@@ -74,6 +78,15 @@ def _read_message(message: Any, where: str) -> dict[str, Any]:
     elif not isinstance(content, str):
         raise ValueError(f"{where}.content is {shown(repr(content))}, not a text")
     return read
+
+
+def _read_arguments(function: Any) -> None:
+    """Arguments that are an object written as text, as in OpenAI's interface, become the object that templates expect."""
+    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = json.loads(function["arguments"])
+            if isinstance(arguments, dict):
+                function["arguments"] = read_plain(arguments, "arguments")
 
 
 def _read_part(part: Any, where: str) -> str:

@@ -116,4 +116,4 @@ def _start() -> subprocess.Popen[bytes]:
     )
 
 
-WORKERS = Worker()
+SHARED = Worker()

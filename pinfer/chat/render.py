@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pinfer.chat.messages import ROLES, read_messages, read_plain, texts_in
-from pinfer.chat.process import WORKERS
+from pinfer.chat.process import SHARED
 from pinfer.chat.templates import find_template
 from pinfer.formats.tokenizer import Tokenizer
 
@@ -75,7 +75,7 @@ def render(
         "tokens": sorted(tokens),
         "said": sorted(token for token in tokens if any(token in text for text in said)),
     }
-    return Rendered(tuple(Piece(text, control) for text, control in WORKERS.ask(request)))
+    return Rendered(tuple(Piece(text, control) for text, control in SHARED.ask(request)))
 
 
 def encode_chat(
@@ -93,7 +93,7 @@ def encode_chat(
     Errors are those of `render`.
     """
     rendered = render(
-        find_template(tokenizer) if template is None else template,
+        find_template(tokenizer, with_tools=tools is not None) if template is None else template,
         messages,
         tools=tools,
         add_generation_prompt=add_generation_prompt,

@@ -41,8 +41,11 @@ def suitable(tokenizer: Tokenizer) -> str:
     return DEFAULT
 
 
-def find_template(tokenizer: Tokenizer) -> str:
-    """The model's own template, or the built-in one that suits its vocabulary."""
+def find_template(tokenizer: Tokenizer, with_tools: bool = False) -> str:
+    """The model's own template (some have one of its own for tools), or the built-in one that suits its vocabulary."""
+    own = tokenizer.chat_templates
+    if with_tools and "tool_use" in own:
+        return own["tool_use"]
     return built_in(suitable(tokenizer)) if tokenizer.chat_template is None else tokenizer.chat_template
 
 

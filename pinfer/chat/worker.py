@@ -13,6 +13,7 @@ import functools
 import json
 import random
 import sys
+import time
 from typing import IO, Any
 
 sys.path[:0] = sys.argv[1:]
@@ -25,6 +26,7 @@ import jinja2.sandbox  # noqa: E402
 import marks as marking  # type: ignore[import-not-found]  # noqa: E402
 
 MEMORY_BYTES = 512 * 2**20
+CPU_S = 30
 MAX_OUTPUT = 16 * 2**20  # characters
 
 
@@ -172,6 +174,15 @@ def _limit() -> None:
             resource.setrlimit(getattr(resource, name), (limit, limit))
 
 
+def _allow_time() -> None:
+    """A limit for the next render, should there be no parent left to end it."""
+    with contextlib.suppress(ImportError, AttributeError, OSError, ValueError):
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + CPU_S, hard))
+
+
 def serve(requests: IO[str], answers: IO[str]) -> None:
     """Answer lines until there are no more. The first render loads what is loaded late."""
     warm = {"template": "{{ strftime_now('%Y') | pprint }}{{ [1] | tojson }}{{ x.y.z }}", "tokens": [], "roles": []}
@@ -180,6 +191,7 @@ def serve(requests: IO[str], answers: IO[str]) -> None:
     answers.write("ready\n")
     answers.flush()
     for line in requests:
+        _allow_time()
         answers.write(json.dumps(_answer(line)) + "\n")
         answers.flush()
 

@@ -52,7 +52,8 @@ class Tokenizer:
         self.eog_ids = vocabulary.eog_ids
         self.add_bos = settings.add_bos
         self.add_eos = settings.add_eos
-        self.chat_template = settings.chat_template
+        self.chat_templates = settings.chat_templates
+        self.chat_template = settings.chat_templates.get("")
         self._nfc = settings.nfc
         self._prefix_inside = settings.space_prefix != "first"
         self._tokens = vocabulary.tokens
