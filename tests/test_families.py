@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
+from pinfer.benchmark.weight_bytes import StepBytes
 from pinfer.config import Method, ModelConfig, RunConfig
 from pinfer.engine import load_engine
 from pinfer.engine.place import place_model, runnable
@@ -262,6 +263,19 @@ def placed_bytes(name: str, model: Transformer, plan: Plan, method: Method) -> i
     shards = [one for ffn in model.ffns() for one in ffn.modules() if isinstance(one, SparseFFN)]
     counts = sum(one.activity.totals.nbytes for one in shards if one.activity.totals.device == ELSEWHERE)
     return sum(said.gpu[part] for part in PLACED) + counts + sum(rope.nbytes for rope in model.ropes)
+
+
+def test_a_step_reads_the_experts_it_uses_and_one_position() -> None:
+    file = file_of("mixtral")
+    config = model_config(file)
+    step, matrix = StepBytes.of(file), config.n_layers * config.d_ffn * config.d_model * 4
+    assert (step.gate, step.rest) == (2 * matrix, 4 * matrix)  # two of four experts
+    stacked = sum(info.nbytes for info in file.tensors.values() if len(info.shape) == 3)
+    matrices = sum(info.nbytes for info in file.tensors.values() if len(info.shape) == 2)
+    assert stacked == 12 * matrix and step.other == matrices - file.info("token_embd.weight").nbytes
+    opt = file_of("opt")
+    whole = sum(info.nbytes for info in opt.tensors.values() if len(info.shape) == 2)
+    assert StepBytes.of(opt).dense == whole - opt.info("position_embd.weight").nbytes
 
 
 @pytest.mark.parametrize("method", ["dense", "gate_threshold", "mixed"])
