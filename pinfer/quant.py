@@ -55,9 +55,13 @@ Q3_K = QuantType("Q3_K", 11, 256, 110)
 Q4_K = QuantType("Q4_K", 12, 256, 144)
 Q5_K = QuantType("Q5_K", 13, 256, 176)
 Q6_K = QuantType("Q6_K", 14, 256, 210)
+IQ4_NL = QuantType("IQ4_NL", 20, 32, 18)
+IQ4_XS = QuantType("IQ4_XS", 23, 256, 136)
 BF16 = QuantType("BF16", 30, 1, 2)
 
-QUANT_TYPES: tuple[QuantType, ...] = (F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K)
+# Those that `quantize` makes, and those that are read alone.
+WRITTEN_TYPES: tuple[QuantType, ...] = (F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K)
+QUANT_TYPES: tuple[QuantType, ...] = (*WRITTEN_TYPES, IQ4_NL, IQ4_XS)
 BY_ID: dict[int, QuantType] = {t.ggml_id: t for t in QUANT_TYPES}
 BY_NAME: dict[str, QuantType] = {t.name: t for t in QUANT_TYPES}
 
@@ -70,6 +74,7 @@ PLANE_BYTES: dict[str, tuple[int, int]] = {
     "F32": (128, 0), "F16": (64, 0), "BF16": (64, 0),
     "Q8_0": (32 + 2, 0), "Q4_0": (16 + 2, 0), "Q4_1": (16 + 4, 0), "Q5_0": (16 + 4 + 2, 0), "Q5_1": (16 + 4 + 4, 0),
     "Q2_K": (8 + 2, 4), "Q3_K": (8 + 4 + 2, 4), "Q4_K": (16 + 2, 4), "Q5_K": (16 + 4 + 2, 4), "Q6_K": (16 + 8 + 2, 4),
+    "IQ4_NL": (32 + 2, 0), "IQ4_XS": (32 + 2, 4),
 }  # fmt: skip
 
 

@@ -32,6 +32,8 @@ def quantize(values: Tensor, kind: QuantType) -> QuantTensor:
     """
     if values.dtype != torch.float32 or values.dim() != 2:
         raise ValueError(f"expected float32 [rows, columns], not {values.dtype} {list(values.shape)}")
+    if kind not in _BY_TYPE:
+        raise ValueError(f"{kind} is read alone; quantize makes {', '.join(str(one) for one in _BY_TYPE)}")
     rows, columns = values.shape
     blocks = torch.empty(rows, kind.row_bytes(columns), dtype=torch.uint8, device=values.device)
     step = max(1, CHUNK // max(1, columns))

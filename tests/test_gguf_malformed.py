@@ -109,7 +109,7 @@ MALFORMED: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "overflowing": (raw_gguf([], [tensor("t", [1 << 62] * 4)], bytes(64)), ("'t'", "pass the file's end")),
     "overflow to 0": (raw_gguf([], [tensor("t", [1 << 32, 1 << 32])], bytes(64)), ("'t'", "pass the file's end")),
     "unknown tensor type": (raw_gguf([], [tensor("t", N, 77)], bytes(64)), ("'t'", "type 77 (unknown)", "Q4_K")),
-    "IQ4_XS": (raw_gguf([], [tensor("t", [256], 23)], bytes(136)), ("'t'", "IQ4_XS", "not supported")),
+    "IQ3_S": (raw_gguf([], [tensor("t", [256], 21)], bytes(110)), ("'t'", "IQ3_S", "not supported")),
     "no block multiple": (raw_gguf([], [tensor("t", [48, 2], 8)], bytes(128)), ("'t'", "48 columns", "Q8_0")),
     "offset past the end": (raw_gguf([], [tensor("t", N, 0, 1 << 50)]), ("'t'", "pass the file's end")),
     "offset 2^64-32": (raw_gguf([], [tensor("t", N, 0, 2**64 - 32)], bytes(128)), ("'t'", "pass the file's end")),

@@ -209,6 +209,17 @@ WRONG_INPUTS: list[tuple[Op, dict[str, Any]]] = [
     (ops.sparse_ffn, {"up": QuantTensor.from_dense(torch.zeros(23, 5))}),
     (ops.sparse_ffn, {"activation": "swish"}),
     (ops.sparse_ffn, {"active": Active(torch.arange(50, dtype=torch.int32), torch.full((1,), 50, dtype=torch.int32))}),
+    (ops.sparse_ffn, {"gate_bias": torch.zeros(3)}),
+    (ops.sparse_ffn, {"cutoff": 0.1}),
+    (ops.glu, {"gate_bias": torch.zeros(3)}),
+    (ops.glu, {"activation": "relu", "cutoff": -1.0}),
+    (ops.threshold_matmul, {"gate_bias": torch.zeros(37, dtype=torch.float64)}),
+    (ops.threshold_matmul, {"magnitude_of": "silu", "cutoff": 0.1}),
+    (ops.quant_matmul, {"bias": torch.zeros(3)}),
+    (ops.layer_norm, {"bias": torch.zeros(3)}),
+    (ops.layer_norm, {"x": torch.zeros(1, 8)}),
+    (ops.softcap, {"cap": 0.0}),
+    (ops.attention, {"softcap": -1.0}),
     (ops.tally, {"totals": torch.zeros(4, dtype=torch.int64)[::2]}),
     (ops.tally_kept, {"x": torch.zeros(5)}),
     (ops.tally_kept, {"threshold": torch.zeros(2)}),
@@ -229,7 +240,7 @@ def test_inputs_that_do_not_belong_together_are_refused(
     if backend == "cpu" and core_problem():
         pytest.skip(f"no CPU core: {core_problem()}")
     inputs = op.make_inputs(generator, **op.cases[0]) | wrong
-    with pytest.raises(ValueError, match=r"expected|must be|none of|rows|pass the table|do not fit"):
+    with pytest.raises(ValueError, match=r"expected|must be|none of|rows|pass the table|do not fit|no meaning"):
         op.implementation(backend)(**inputs)
 
 
@@ -332,3 +343,19 @@ def test_an_implementation_that_cannot_load_says_so() -> None:
     broken = dataclasses.replace(ops.dequantize, triton="pinfer.kernels.no_such_module:dequantize")
     with pytest.raises(BackendUnavailable, match="no_such_module"):
         broken.implementation("triton")
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_capped_attention_by_hand(window: int | None, generator: torch.Generator) -> None:
+    """One token and head at a time in float64, which the reference's grouped products do not do."""
+    shape = {"tokens": 5, "heads": 4, "kv_heads": 2, "head_dim": 16, "start": 6, "softcap": 0.5, "window": window}
+    inputs = ops.attention.make_inputs(generator, **shape)
+    keys, values = (inputs[name].double().clone() for name in ("keys", "values"))
+    keys[:, 6:11], values[:, 6:11] = (inputs[name].double().transpose(0, 1) for name in ("key", "value"))
+    result = ops.attention.reference(**inputs)
+    for token in range(5):
+        seen = slice(0 if window is None else 7 + token - window, 7 + token)
+        for head in range(4):
+            scores = keys[head // 2, seen] @ inputs["query"][token, head].double() * inputs["scale"]
+            expected = (0.5 * torch.tanh(scores / 0.5)).softmax(0) @ values[head // 2, seen]
+            torch.testing.assert_close(result[token, head].double(), expected, rtol=1e-5, atol=1e-6)

@@ -15,6 +15,8 @@ from pinfer.quant import (
     BF16,
     F16,
     F32,
+    IQ4_NL,
+    IQ4_XS,
     Q2_K,
     Q3_K,
     Q4_0,
@@ -25,7 +27,7 @@ from pinfer.quant import (
     Q5_K,
     Q6_K,
     Q8_0,
-    QUANT_TYPES,
+    WRITTEN_TYPES,
     QuantTensor,
     QuantType,
 )
@@ -49,7 +51,7 @@ LIMITS = {
     Q6_K: 0.0173,
 }
 BY_GGML_RULES = (F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1)
-each_type = pytest.mark.parametrize("kind", QUANT_TYPES, ids=str)
+each_type = pytest.mark.parametrize("kind", WRITTEN_TYPES, ids=str)
 
 
 def relative_error(values: torch.Tensor, kind: QuantType) -> float:
@@ -162,12 +164,18 @@ def test_values_that_are_not_finite_are_refused(kind: QuantType, bad: float) -> 
 
 def test_values_beyond_the_types_range_are_refused() -> None:
     values = torch.full((2, 256), 7e4)
-    for kind in QUANT_TYPES:
+    for kind in WRITTEN_TYPES:
         if kind in (F32, BF16):
             assert dequantize(quantize(values, kind)).isfinite().all()
         else:
             with pytest.raises(ValueError, match=f"too large for {kind}: 70000"):
                 quantize(values, kind)
+
+
+@pytest.mark.parametrize("kind", [IQ4_NL, IQ4_XS], ids=str)
+def test_types_that_are_read_alone_are_not_made(kind: QuantType) -> None:
+    with pytest.raises(ValueError, match=f"{kind} is read alone; quantize makes F32"):
+        quantize(torch.zeros(2, 256), kind)
 
 
 def test_wrong_dtypes_shapes_and_widths_are_refused() -> None:

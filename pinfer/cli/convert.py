@@ -18,6 +18,8 @@ from pinfer.formats import ModelFile, open_model
 from pinfer.formats.huggingface.folder import CONFIG
 from pinfer.formats.huggingface.write import folder_bytes, write_folder
 from pinfer.formats.model_config import check_tensors, model_config
+from pinfer.formats.powerinfer import is_neuron_major
+from pinfer.formats.row_major import RowMajor
 from pinfer.formats.standard import standard_tensors, write_standard
 from pinfer.kernels.ops import dequantize
 from pinfer.quant import BY_NAME, QuantType
@@ -114,11 +116,13 @@ def _check_output(file: ModelFile, path: Path, form: str, force: bool) -> None:
 
 
 def _write(file: ModelFile, path: Path, form: str, kind: QuantType | None, force: bool) -> int:
+    if is_neuron_major(file):
+        file = RowMajor(file, dequantize)
+    if "tokenizer.ggml.tokens" not in file.metadata:
+        note("the model has no tokenizer, and what is written will have none")
     with torch.inference_mode():
         if form == "gguf":
             with written(sum(tensor.nbytes for tensor in standard_tensors(file, kind, dequantize))) as progress:
                 return write_standard(file, path, kind, dequantize, progress=progress)
-        if "tokenizer.ggml.tokens" not in file.metadata:
-            note("the model has no tokenizer, so that the folder will have none")
         with written(folder_bytes(file, kind, dequantize)) as progress:
             return write_folder(file, path, kind, dequantize, replace=force, progress=progress)

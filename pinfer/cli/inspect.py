@@ -1,4 +1,4 @@
-"""pinfer inspect: what a GGUF holds, and where its bytes lie."""
+"""pinfer inspect: what a model's file or folder holds, and where its bytes lie."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KV_BYTES = 4  # float32
 
 
 def inspect(
-    path: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="GGUF file.")] = None,
+    path: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="GGUF file or Hugging Face folder.")] = None,
     model: options.Model = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     json: options.Json = False,

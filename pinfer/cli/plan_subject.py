@@ -131,6 +131,7 @@ def _of_file(options: SubjectOptions, default_over: float) -> Subject:
     file = open_model(path)
     config = model_config(file)
     check_tensors(file, config)
+    config.without_experts("a plan")
     solved = embedded_solved(file) if named is None else Solved.open(named, file)
     densities = None
     predictors: Sequence[Predictor] | None = None

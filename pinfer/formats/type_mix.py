@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pinfer.formats.model_file import ModelFile
-from pinfer.quant import BY_NAME, F16, Q4_0, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, QuantType
+from pinfer.quant import BY_NAME, F16, Q4_0, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, WRITTEN_TYPES, QuantType
 
 # The base type of each mix, whose more important tensors are Q6_K.
 MIXES = {"q4_k_m": Q4_K, "q5_k_m": Q5_K}
-TYPES = (*(name.lower() for name in BY_NAME), *MIXES)
+TYPES = (*(kind.name.lower() for kind in WRITTEN_TYPES), *MIXES)
 # llama.cpp's numbers of whole files (general.file_type).
 FILE_TYPES = {
     "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k": 11,

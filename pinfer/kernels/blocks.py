@@ -176,6 +176,33 @@ def _q6_k(blocks: Tensor) -> Tensor:
     return (scale[:, :, None] * (q6_k_quants(blocks).reshape(-1, 16, 16).float() - 32)).reshape(-1, 256)
 
 
+# What the nibbles of IQ4_NL and IQ4_XS stand for: finer near zero, where weights are dense.
+IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+def iq4_quants(blocks: Tensor, at: int) -> Tensor:
+    """Levels int8 [blocks, 32 or 256] of IQ4_NL and IQ4_XS, whose nibbles begin at `at`, 32 weights in 16 bytes."""
+    levels = torch.tensor(IQ4_LEVELS, dtype=torch.int8, device=blocks.device)
+    return levels[nibbles(blocks[:, at:].unflatten(1, (-1, 16))).flatten(1).int()]
+
+
+def iq4_xs_scales(blocks: Tensor) -> Tensor:
+    """-32..31 int8 [blocks, 8], one for 32 weights: four bits in a nibble each, two in a word."""
+    low = torch.stack([blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4], dim=-1).flatten(1)
+    shifts = torch.arange(0, 8, 2, device=blocks.device, dtype=torch.uint8)
+    high = ((blocks[:, 2:4, None] >> shifts) & 3).flatten(1)
+    return (low | high << 4).view(torch.int8) - 32
+
+
+def _iq4_nl(blocks: Tensor) -> Tensor:
+    return _half(blocks, 0) * iq4_quants(blocks, 2).float()
+
+
+def _iq4_xs(blocks: Tensor) -> Tensor:
+    scale = _half(blocks, 0) * iq4_xs_scales(blocks).float()
+    return (scale[:, :, None] * iq4_quants(blocks, 8).reshape(-1, 8, 32).float()).reshape(-1, 256)
+
+
 _BY_TYPE: dict[QuantType, Callable[[Tensor], Tensor]] = {
     quant.F32: _f32,
     quant.F16: _f16,
@@ -190,4 +217,6 @@ _BY_TYPE: dict[QuantType, Callable[[Tensor], Tensor]] = {
     quant.Q4_K: _q4_k,
     quant.Q5_K: _q5_k,
     quant.Q6_K: _q6_k,
+    quant.IQ4_NL: _iq4_nl,
+    quant.IQ4_XS: _iq4_xs,
 }

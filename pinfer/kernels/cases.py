@@ -27,6 +27,8 @@ _SCALES: dict[str, tuple[int, int | None, float]] = {
     "Q4_K": (0, 2, 322),
     "Q5_K": (0, 2, 650),
     "Q6_K": (208, None, 1365),
+    "IQ4_NL": (0, None, 70),
+    "IQ4_XS": (0, None, 1300),
 }
 
 

@@ -6,14 +6,15 @@ GGUF's blocks of 34, 18 or 210 bytes cannot be read 16 bytes at a time. In the p
 
 with every plane at a multiple of 16 bytes, so that a thread takes the 16 bytes of one group of 32
 weights in one load. Sizes are GGUF's own, but that the 6-bit scales of Q4_K and Q5_K get a byte each
-(4.625 bits a weight instead of 4.5) and that K-quants with one fp16 scale get room for two.
+(4.625 bits a weight instead of 4.5), that K-quants with one fp16 scale get room for two, and that the
+levels of IQ4_NL and IQ4_XS are stored for their numbers, in a byte each (8.5 and 8.6 bits).
 
 | plane | in 32 weights |
 |---|---|
-| quants | Q8_0: bytes q + 128, all first halves of the groups, then all second halves. Four bits and more: 16 bytes, byte j holding weights j (low half) and 16 + j. Q2_K, Q3_K: as higher bits of two |
+| quants | Q8_0, IQ4: bytes q + 128, all first halves of the groups, then all second halves. Four bits and more: 16 bytes, byte j holding weights j (low half) and 16 + j. Q2_K, Q3_K: as higher bits of two |
 | two higher bits (Q6_K) | four uint16 words; plane i of word w at bits 4 (i mod 4) + 2 (i div 4) and the next |
 | one higher bit (Q5, Q3_K) | four bytes; plane i of byte w at bit i |
-| scales | fp16 d (Q8_0, Q4_0, Q5_0), with fp16 m (Q4_1, Q5_1); uint8 scale and minimum (Q4_K, Q5_K); int8 for each 16 weights (Q3_K, Q6_K); the byte of two nibbles for each 16 weights (Q2_K) |
+| scales | fp16 d (Q8_0, Q4_0, Q5_0, IQ4_NL), with fp16 m (Q4_1, Q5_1); uint8 scale and minimum (Q4_K, Q5_K); int8 for each 16 weights (Q3_K, Q6_K); int8 and a zero (IQ4_XS); the byte of two nibbles for each 16 weights (Q2_K) |
 | of 256 | fp16 d and dmin |
 
 Weight 4w + k of a group is number w of plane 2k, weight 16 + 4w + k of plane 2k + 1 (w, k in 0..3):
@@ -148,6 +149,8 @@ class _Planes:
         d, dmin = supers[:, :, :1], supers[:, :, 1:]
         if name in ("Q4_K", "Q5_K"):
             return d * scales[:, :, :1, None], dmin * scales[:, :, 1:, None]
+        if name == "IQ4_XS":
+            return d * scales[:, :, :1].view(torch.int8)[..., None], None
         if name == "Q2_K":
             return d * (scales & 15)[..., None], dmin * (scales >> 4)[..., None]
         return d * scales.view(torch.int8)[..., None], None
@@ -223,6 +226,16 @@ def _one_half(at: int) -> Callable[[Tensor], Tensor]:
     return lambda blocks: torch.nn.functional.pad(blocks[:, at : at + 2], (0, 2))
 
 
+def _raised(levels: Tensor) -> Tensor:
+    """int8 as uint8, 128 more."""
+    return levels.view(torch.uint8) ^ 128
+
+
+def _signed_byte(blocks: Tensor) -> Tensor:
+    scales = ggml.iq4_xs_scales(blocks).view(torch.uint8)
+    return torch.stack([scales, torch.zeros_like(scales)], dim=-1)
+
+
 _FORMS: dict[QuantType, _Form] = {
     quant.Q8_0: _Form(lambda blocks: blocks[:, 2:] ^ 128, (8,), 128, _head(0, 2)),
     quant.Q4_0: _Form(lambda blocks: ggml.q4_quants(blocks, 2), (4,), 8, _head(0, 2)),
@@ -236,4 +249,6 @@ _FORMS: dict[QuantType, _Form] = {
     quant.Q4_K: _Form(ggml.q4_k_quants, (4,), 0, _scale_and_minimum, _head(0, 4)),
     quant.Q5_K: _Form(ggml.q5_k_quants, (4, 1), 0, _scale_and_minimum, _head(0, 4)),
     quant.Q6_K: _Form(ggml.q6_k_quants, (4, 2), 32, _head(192, 16), _one_half(208)),
+    quant.IQ4_NL: _Form(lambda blocks: _raised(ggml.iq4_quants(blocks, 2)), (8,), 128, _head(0, 2)),
+    quant.IQ4_XS: _Form(lambda blocks: _raised(ggml.iq4_quants(blocks, 8)), (8,), 128, _signed_byte, _one_half(0)),
 }

@@ -111,13 +111,13 @@ def has_two_scales(kind):
 
 @triton.constexpr_function
 def has_super_scales(kind):
-    return kind in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+    return kind in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
 
 
 @triton.constexpr_function
 def _quant_bits(kind):
     """Of the first plane: what is loaded for four weights of each thread's eight planes."""
-    return {"Q8_0": 8, "Q2_K": 2, "Q3_K": 2}.get(kind, 4)
+    return {"Q8_0": 8, "IQ4_NL": 8, "IQ4_XS": 8, "Q2_K": 2, "Q3_K": 2}.get(kind, 4)
 
 
 @triton.constexpr_function
@@ -128,7 +128,8 @@ def _higher_bits(kind):
 @triton.constexpr_function
 def _offset(kind):
     """What a quant loses before it is scaled."""
-    return {"Q8_0": 128, "Q4_0": 8, "Q5_0": 16, "Q6_K": 32, "Q3_K": 4}.get(kind, 0)
+    offsets = {"Q8_0": 128, "IQ4_NL": 128, "IQ4_XS": 128, "Q4_0": 8, "Q5_0": 16, "Q6_K": 32, "Q3_K": 4}
+    return offsets.get(kind, 0)
 
 
 @triton.constexpr_function
@@ -174,7 +175,7 @@ def columns_at(g, i: tl.constexpr, GROUPS: tl.constexpr, TYPE: tl.constexpr):
         return i * (4 * GROUPS) + 4 * g[:, None] + w
     elif is_float(TYPE):  # four loads, a quarter of the row each, two weights to a word
         return (i // 2) * (8 * GROUPS) + 8 * g[:, None] + 2 * w + i % 2
-    elif TYPE == "Q8_0":  # two loads, of each half of a group
+    elif _quant_bits(TYPE) == 8:  # two loads, of each half of a group
         return 32 * g[:, None] + 16 * (i // 4) + 4 * w + i % 4
     else:
         return 32 * g[:, None] + 16 * (i % 2) + 4 * w + i // 2
@@ -222,7 +223,7 @@ def load_raw(row_ptr, wanted, g, GROUPS: tl.constexpr, TYPE: tl.constexpr):
         raw = ()
         for i in tl.static_range(4):
             raw = raw + (_words(row_ptr, g, 16 * GROUPS * i, tl.uint32, 4, inside),)
-    elif TYPE == "Q8_0":
+    elif _quant_bits(TYPE) == 8:
         raw = (
             _words(row_ptr, g, 0, tl.uint32, 4, inside),
             _words(row_ptr, g, 16 * ROOM, tl.uint32, 4, inside),
@@ -275,6 +276,9 @@ def scales_of(raw, TYPE: tl.constexpr):
                 d * (low & 15).to(tl.float32), d * (high & 15).to(tl.float32),
                 dmin * (low >> 4).to(tl.float32), dmin * (high >> 4).to(tl.float32),
             )  # fmt: skip
+        elif TYPE == "IQ4_XS":
+            scale = d * low.to(tl.int8).to(tl.float32)
+            return scale, scale, scale * _offset(TYPE), scale * _offset(TYPE)
         elif not has_two_scales(TYPE):  # Q4_K, Q5_K
             scale, minimum = d * low.to(tl.float32), dmin * high.to(tl.float32)
             return scale, scale, minimum, minimum

@@ -79,14 +79,8 @@ def _dense(weights: WeightSource, config: ModelConfig, prefix: str) -> DenseFFN:
 
 
 def _experts(weights: WeightSource, config: ModelConfig, prefix: str) -> Iterator[DenseFFN]:
-    """Each expert over its rows of the stacked matrices."""
+    """Each expert over its own of the stacked matrices."""
     experts = cast(ExpertsConfig, config.experts)
-    gate, up, down = (weights.tensor(f"{prefix}ffn_{part}_exps.weight") for part in ("gate", "up", "down"))
-
-    def rows(stack: QuantTensor, expert: int) -> QuantTensor:
-        n = stack.rows // experts.count
-        return stack[expert * n : (expert + 1) * n]
-
     for expert in range(experts.count):
-        parts = rows(gate, expert), rows(up, expert), rows(down, expert)
-        yield DenseFFN(*parts, config.activation, cutoff=config.cutoff)
+        gate, up, down = (weights.expert(f"{prefix}ffn_{part}_exps.weight", expert) for part in ("gate", "up", "down"))
+        yield DenseFFN(gate, up, down, config.activation, cutoff=config.cutoff)

@@ -263,6 +263,7 @@ def builds() -> list[Build]:
     sizes = [(tokens, group) for tokens, groups in ((1, (1, 2, 4, 8)), (512, (1, 4))) for group in groups]
     return [
         *(build(tokens, group, head_dim) for head_dim in (64, 128, 256) for tokens, group in sizes),
+        *(build(tokens, 1, head_dim) for head_dim in (80, 96) for tokens in (1, 512)),
         *(build(tokens, 2, head_dim, capped=True) for head_dim in (128, 256) for tokens in (1, 512)),
         *(combine(splits, head_dim) for splits, head_dim in ((1, 128), (16, 128), (64, 64), (64, 256))),
     ]

@@ -2,7 +2,7 @@
 // torch reference in kernels/dequantize/reference.py says the same thing in array form.
 //
 // Every type is w = scale · (quant - OFFSET) - minimum over groups of GROUP weights, and offers
-//   quants(block, out)    SIZE quants as bytes (two's complement for Q8_0), in order;
+//   quants(block, out)    SIZE quants as bytes (two's complement where SIGNED), in order;
 //   affine(block, s, m)   the float scale and minimum of each group; m stays unset without HAS_MIN.
 // K-quants have SIZE 256 and also offer their integers, for arithmetic that stays in integers:
 //   integers(block, sc, mn, d, dmin)   sixteen of each, one for each 16 weights.
@@ -46,7 +46,7 @@ struct Q8_0 {
     static void affine(const uint8_t* b, float* s, float*) { s[0] = half_at(b); }
 };
 
-// Whether the quants are two's complement; only Q8_0's are.
+// Whether the quants are two's complement, from -127 on.
 template <class Type>
 constexpr bool SIGNED = false;
 template <>
@@ -212,6 +212,47 @@ struct Q6_K {
     }
     static void affine(const uint8_t* b, float* s, float* m) { affine_of_integers<Q6_K>(b, s, m); }
 };
+
+// What the nibbles of IQ4_NL and IQ4_XS stand for.
+alignas(16) constexpr int8_t IQ4_LEVELS[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+// 16 bytes as the levels of 32 quants.
+inline void iq4_levels(const uint8_t* b, uint8_t* q) {
+    nibbles(b, q);
+    for (int i = 0; i < 32; ++i) q[i] = uint8_t(IQ4_LEVELS[q[i]]);
+}
+
+struct IQ4_NL {
+    static constexpr int SIZE = 32, BLOCK_BYTES = 18, GROUP = 32, OFFSET = 0;
+    static constexpr bool HAS_MIN = false;
+    static void quants(const uint8_t* b, uint8_t* q) { iq4_levels(b + 2, q); }
+    static void affine(const uint8_t* b, float* s, float*) { s[0] = half_at(b); }
+};
+
+struct IQ4_XS {
+    static constexpr int SIZE = 256, BLOCK_BYTES = 136, GROUP = 32, OFFSET = 0;
+    static constexpr bool HAS_MIN = false;
+    static void quants(const uint8_t* b, uint8_t* q) {
+        for (int g = 0; g < 8; ++g) iq4_levels(b + 8 + 16 * g, q + 32 * g);
+    }
+    // Eight scales of six bits: four in a nibble each, two in a word.
+    static void integers(const uint8_t* b, Groups& sc, Groups& mn, float& d, float& dmin) {
+        uint16_t high;
+        std::memcpy(&high, b + 2, 2);
+        for (int g = 0; g < 8; ++g) {
+            const int low = (b[4 + g / 2] >> (4 * (g & 1))) & 15;
+            sc[2 * g] = sc[2 * g + 1] = int16_t((low | ((high >> (2 * g)) & 3) << 4) - 32);
+        }
+        mn = sc * Q8_OFFSET;
+        d = dmin = half_at(b);
+    }
+    static void affine(const uint8_t* b, float* s, float* m) { affine_of_integers<IQ4_XS>(b, s, m); }
+};
+
+template <>
+constexpr bool SIGNED<IQ4_NL> = true;
+template <>
+constexpr bool SIGNED<IQ4_XS> = true;
 
 // Types of one weight a block: SIZE 1, and LANES floats at a time.
 struct Float32 {

@@ -114,6 +114,19 @@ struct Scaled<Q8_0> {
     }
 };
 
+// Levels raised by what dot4 wants of quants that are signed.
+inline U8 iq4_levels_of(U8 nibbles) { return looked_up(IQ4_LEVELS, nibbles) ^ splat8(Q8_OFFSET); }
+
+template <>
+struct Scaled<IQ4_NL> : Nibbles<IQ4_NL> {
+    static constexpr int OFFSET = Q8_OFFSET;
+    static void load(const uint8_t* p, U8* q, F32& d, F32&) {
+        const U8 v = pieces_at<18>(p + 2);
+        q[0] = iq4_levels_of(low_nibbles(v)), q[1] = iq4_levels_of(high_nibbles(v));
+        d = scales_at<18>(p);
+    }
+};
+
 // Integral<Type>: K-quants. A chunk is one block of 256 weights in 256 / BYTES vectors; weight_at says
 // which weight each byte is. Scales stay integers until the block's end.
 constexpr int K_VECTORS = 256 / BYTES;
@@ -212,6 +225,20 @@ struct Integral<Q3_K> : TwoBits {
                 const U8 bit = (U8)(high >> counts(4 * half + s, 4 * half + 4 + s)) & 1;
                 q[4 * i + s] = ((U8)shifted(v, 2 * s) & 3) | bit << 2;
             }
+        }
+    }
+};
+
+template <>
+struct Integral<IQ4_XS> {  // 16 bytes a group: low nibbles are its weights 0–15, high ones 16–31
+    static constexpr int weight_at(int vector, int byte) {
+        const int p = vector / 2 * BYTES + byte;
+        return p / 16 * 32 + 16 * (vector & 1) + p % 16;
+    }
+    static void load(const uint8_t* b, U8* q) {
+        for (int i = 0; i < K_VECTORS / 2; ++i) {
+            const U8 v = pinfer::PINFER_NAMESPACE::load<U8>(b + 8 + i * BYTES);
+            q[2 * i] = iq4_levels_of(low_nibbles(v)), q[2 * i + 1] = iq4_levels_of(high_nibbles(v));
         }
     }
 };
@@ -413,8 +440,10 @@ inline void dot_integral(const uint8_t* const* rows, const uint8_t* const* ahead
             Type::integers(b, sc, mn, d, dmin);
             const LaneScales<Type> scales(sc);
             I32 dot = {};
-            for (int v = 0; v < K_VECTORS; ++v)
-                dot = scale_add(dot, dot4(I32{}, q[v], x[c].q[v]), scales.of(v));
+            for (int v = 0; v < K_VECTORS; ++v) {
+                const I32 four = dot4(I32{}, q[v], x[c].q[v]);
+                dot = SIGNED<Type> ? scale_add_wide(dot, four, scales.of(v)) : scale_add(dot, four, scales.of(v));
+            }
             total[r] += to_float(dot) * (d * x[c].d);
             taken[r] += pair_sums(mn, x[c].sums) * (dmin * x[c].d);
         }

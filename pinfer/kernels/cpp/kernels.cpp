@@ -96,8 +96,9 @@ void matmul(Team& team, const pinfer_matmul_arguments& a) {
     const int64_t row_bytes = larger<int64_t>(w.row_stride, 1);
     const int64_t fair = smaller(PIECE_BYTES / row_bytes, w.rows / (8 * team.size));
     team.share(w.rows, larger<int64_t>(fair / R * R, R), [&](int64_t first, int64_t last) {
-        dot_rows(w, in, first, last, [](int64_t k) { return k; },
-                 [&](int64_t k, int64_t t, float dot) { a.y[t * w.rows + k] = a.bias ? dot + a.bias[k] : dot; });
+        const auto same = [](int64_t k) { return k; };
+        if (a.bias) dot_rows(w, in, first, last, same, [&](int64_t k, int64_t t, float dot) { a.y[t * w.rows + k] = dot + a.bias[k]; });
+        else dot_rows(w, in, first, last, same, [&](int64_t k, int64_t t, float dot) { a.y[t * w.rows + k] = dot; });
     });
     team.barrier();
 }
@@ -223,13 +224,14 @@ void hidden_values(const pinfer_sparse_ffn_arguments& a, const Inputs& gate_in, 
         const float shift = a.shift ? a.shift[listed(k)] : 0.0f;
         a.hidden[k * T + t] = wanted ? activate(a.activation, g, a.cutoff) - shift : 0.0f;
     };
-    if (a.gate_values) {
+    if (a.gate_values) {  // with their bias
         for (int64_t k = first; k < last; ++k)
             for (int64_t t = 0; t < T; ++t) put(k, t, a.gate_values[t * N + listed(k)]);
     } else {
-        dot_rows(a.gate, gate_in, first, last, listed, [&](int64_t k, int64_t t, float g) {
-            put(k, t, a.gate_bias ? g + a.gate_bias[listed(k)] : g);
-        });
+        if (a.gate_bias)
+            dot_rows(a.gate, gate_in, first, last, listed,
+                     [&](int64_t k, int64_t t, float g) { put(k, t, g + a.gate_bias[listed(k)]); });
+        else dot_rows(a.gate, gate_in, first, last, listed, put);
     }
     if (!a.up.blocks) return;
     int32_t alive[NEURON_PIECE];

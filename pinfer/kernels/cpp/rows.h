@@ -1,6 +1,8 @@
 // Sums of scaled rows: y += Σ_r h_r · row_r, the down half of a sparse FFN and TEAL's matvec.
 #pragma once
 
+#include <type_traits>
+
 #include "blocks.h"
 
 namespace pinfer {
@@ -39,7 +41,7 @@ inline void add_four_rows(const uint8_t* const* rows, const uint8_t* const* ahea
         }
         for (; i < count; ++i)
             for (int r = 0; r < 4; ++r) y[i] += h[r] * Type::one(rows[r] + i * Type::BLOCK_BYTES);
-    } else if constexpr (SIGNED<Type>) {
+    } else if constexpr (std::is_same_v<Type, Q8_0>) {
         for (int64_t i = 0; i < count; i += 32) {
             const int64_t at = i / 32 * 34;
             float factor[4];

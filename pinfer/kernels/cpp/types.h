@@ -54,7 +54,10 @@ inline const Type& type_of(int ggml_id) {
         quant_type<Q2_K>(), quant_type<Q3_K>(), quant_type<Q4_K>(), quant_type<Q5_K>(), quant_type<Q6_K>(),
     };
     static constexpr Type BF16 = float_type<BFloat16>(), UNKNOWN = {};
+    static constexpr Type NL = quant_type<IQ4_NL>(), XS = quant_type<IQ4_XS>();
     if (ggml_id == 30) return BF16;
+    if (ggml_id == 20) return NL;
+    if (ggml_id == 23) return XS;
     return ggml_id >= 0 && ggml_id <= 14 ? TYPES[ggml_id] : UNKNOWN;
 }
 

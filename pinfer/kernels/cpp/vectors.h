@@ -201,6 +201,21 @@ inline I32 scale_add(I32 sum, I32 a, I32 scale) {
 #endif
 }
 
+// The same where `a` does not fit int16; slower.
+inline I32 scale_add_wide(I32 sum, I32 a, I32 scale) { return sum + a * ((scale << 16) >> 16); }
+
+// table[i] for each byte i < 16 of v.
+inline U8 looked_up(const int8_t* table, U8 v) {
+#if PINFER_LEVEL == 512
+    return (U8)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)table)), (__m512i)v);
+#elif PINFER_LEVEL == 2
+    return (U8)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table)), (__m256i)v);
+#else
+    for (int i = 0; i < BYTES; ++i) v[i] = uint8_t(table[v[i]]);
+    return v;
+#endif
+}
+
 // Σ over neighbouring pairs, as floats: the part of a K-quant that its minima or offset take away.
 inline F8 pair_sums(Groups a, Groups b) {
 #if PINFER_LEVEL >= 2

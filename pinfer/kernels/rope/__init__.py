@@ -38,6 +38,11 @@ OP = Op(
         {"tokens": 2, "heads": 1, "head_dim": 20, "dim": 6, "start": 3, "interleaved": False},
         {"tokens": 2, "heads": 2, "head_dim": 20, "dim": 6, "start": 3, "interleaved": True},
         {"tokens": 1, "heads": 9, "head_dim": 256, "dim": 256, "start": 2, "interleaved": False},
+        *(
+            {"tokens": tokens, "heads": 3, "head_dim": 80, "dim": 32, "start": 5, "interleaved": interleaved}
+            for tokens in (1, 7)
+            for interleaved in (False, True)
+        ),
     ),
     bench_cases=({"tokens": 1, "heads": 32, "head_dim": 128, "dim": 128, "start": 9, "interleaved": True},),
     bytes_moved=_bytes_moved,

@@ -76,5 +76,5 @@ def builds() -> list[Build]:
         label = f"rope {' '.join(f'{name}={value}' for name, value in constants.items())}"
         return Build(label, _rope_kernel, arguments, constants, NUM_WARPS)
 
-    sizes = ((64, 64), (128, 128), (256, 256), (128, 64))
+    sizes = ((64, 64), (128, 128), (256, 256), (128, 64), (80, 32), (96, 96))
     return [build(head_dim, dim, interleaved) for head_dim, dim in sizes for interleaved in (False, True)]

@@ -122,4 +122,13 @@ def _build(
     }  # fmt: skip
     on = "".join(f" {word}" for word, given in (("shifted", shifted), ("biased", biased), ("cutoff", cutoff)) if given)
     strides, label = ("row_stride", "rows"), f"threshold_matmul {name} columns={columns} {magnitude_of}{on}"
-    return build_over_rows(label, _threshold_matmul_kernel, arguments, constants, num_warps, name, strides=strides)
+    return build_over_rows(
+        label,
+        _threshold_matmul_kernel,
+        arguments,
+        constants,
+        num_warps,
+        name,
+        strides=strides,
+        rows_share=0.95 if biased else 1.0,
+    )
