@@ -35,7 +35,7 @@ from pinfer.formats.huggingface.shards import open_shards
 from pinfer.formats.huggingface.tokenizer import tokenizer_metadata
 from pinfer.formats.model_file import FLOAT_DTYPES, MADE, ModelFile, Part, TensorInfo, map_file
 from pinfer.formats.pages import release_bytes
-from pinfer.formats.standard import FILE_TYPES
+from pinfer.formats.type_mix import FILE_TYPES
 from pinfer.quant import F32, QuantTensor, QuantType
 
 CONFIG = "config.json"
@@ -224,7 +224,7 @@ def _general(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, Any]:
     return {
         "general.type": "model",
         "general.name": folder.name,
-        "general.file_type": FILE_TYPES[types.most_common(1)[0][0]],
+        "general.file_type": FILE_TYPES[types.most_common(1)[0][0].lower()],
     }
 
 
