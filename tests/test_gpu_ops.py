@@ -25,6 +25,8 @@ NAN = float("nan")
 MOST_LAUNCHES = {
     "attention": 2,
     "rms_norm": 1,
+    "layer_norm": 1,
+    "softcap": 1,
     "rope": 1,
     "embed": 1,
     "glu": 1,

@@ -343,3 +343,19 @@ def test_an_implementation_that_cannot_load_says_so() -> None:
     broken = dataclasses.replace(ops.dequantize, triton="pinfer.kernels.no_such_module:dequantize")
     with pytest.raises(BackendUnavailable, match="no_such_module"):
         broken.implementation("triton")
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_capped_attention_by_hand(window: int | None, generator: torch.Generator) -> None:
+    """One token and head at a time in float64, which the reference's grouped products do not do."""
+    shape = {"tokens": 5, "heads": 4, "kv_heads": 2, "head_dim": 16, "start": 6, "softcap": 0.5, "window": window}
+    inputs = ops.attention.make_inputs(generator, **shape)
+    keys, values = (inputs[name].double().clone() for name in ("keys", "values"))
+    keys[:, 6:11], values[:, 6:11] = (inputs[name].double().transpose(0, 1) for name in ("key", "value"))
+    result = ops.attention.reference(**inputs)
+    for token in range(5):
+        seen = slice(0 if window is None else 7 + token - window, 7 + token)
+        for head in range(4):
+            scores = keys[head // 2, seen] @ inputs["query"][token, head].double() * inputs["scale"]
+            expected = (0.5 * torch.tanh(scores / 0.5)).softmax(0) @ values[head // 2, seen]
+            torch.testing.assert_close(result[token, head].double(), expected, rtol=1e-5, atol=1e-6)

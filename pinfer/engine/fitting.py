@@ -151,6 +151,12 @@ def kept_method(solved: Solved, asked: Method) -> Method:
     return method
 
 
+def predictors_for(method: Method, solved: Solved) -> Solved | None:
+    """The same directory if its predictors are for that method."""
+    made_for = solved.stages[STAGE].settings.get("method") if STAGE in solved.stages else None
+    return solved if made_for == method else None
+
+
 def check_activation(solved: Solved, config: ModelConfig) -> None:
     """ValueError where a solved directory's predictors were made for another activation than the model runs with."""
     made_for = solved.stages[STAGE].settings.get("activation", config.activation)

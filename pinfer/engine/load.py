@@ -13,6 +13,7 @@ import torch
 from pinfer.config import Method, ModelConfig, RunConfig
 from pinfer.engine.cores import cold_places, default_threads, place_threads, read_topology
 from pinfer.engine.devices import NO_CUDA, Device, device_for
+from pinfer.engine.embedded import embedded_solved
 from pinfer.engine.fitting import (
     STAGE,
     FitSettings,
@@ -24,6 +25,7 @@ from pinfer.engine.fitting import (
     kept_method,
     kept_predictors,
     mlp_predictors,
+    predictors_for,
     sequences_to_fit_on,
 )
 from pinfer.engine.hardware import read_machine
@@ -246,13 +248,17 @@ def _check_experts(run: RunConfig, config: ModelConfig) -> None:
 
 
 def what_to_run(run: RunConfig, config: ModelConfig, file: ModelFile) -> tuple[Method, Solved | None]:
-    """The run's method for this model, and the solved directory that its predictors come from, if one is named.
+    """The run's method for this model, and the solved directory that is named, or that the file carries, if there is one.
 
-    ValueError for a method or a directory that does not fit the model or the run's other settings.
+    Its predictors are used where they are for that method (`predictors_for`). ValueError for a method or a directory
+    that does not fit the model or the run's other settings.
     """
-    if run.predictor_path is None:
-        return _own_method(run, config, file), None
-    solved = Solved.open(run.predictor_path, file)
+    carried = embedded_solved(file) if run.predictor_path is None else None
+    solved = carried if run.predictor_path is None else Solved.open(run.predictor_path, file)
+    if solved is None or (carried is not None and run.method != "auto" and predictors_for(run.method, carried) is None):
+        return _own_method(run, config, file), solved
+    if carried is not None and STAGE not in carried.stages:
+        return _own_method(run, config, file), carried
     method = kept_method(solved, run.method)
     check_activation(solved, config)
     if run.sparsity is not None and method not in THRESHOLDED:
@@ -296,7 +302,8 @@ def _notes(engine: Engine, solved: Solved | None) -> Iterator[str]:
         recalls, densities, active = (
             [getattr(layer, name) for layer in qualities] for name in ("recall", "density", "active")
         )
-        recall = engine.run.recall if solved is None else solved.stages[STAGE].settings.get("recall")
+        kept = None if solved is None else predictors_for(engine.method, solved)
+        recall = engine.run.recall if kept is None else kept.stages[STAGE].settings.get("recall")
         asked = "" if recall is None else f"asked {100 * recall:g} %, "  # trained ones are not asked for any
         yield (
             f"{engine.method} catches {100 * sum(recalls) / len(recalls):.1f} % of active neurons "
@@ -339,19 +346,20 @@ def _predictors(engine: Engine, prepared: Prepared, solved: Solved | None) -> _P
     if engine.method == "exact":
         return _Predictors(exact_predictors)
     densities = None
-    if engine.method == "mlp" and solved is None:
+    kept = None if solved is None else predictors_for(engine.method, solved)
+    if engine.method == "mlp":
         fitted: Sequence[Predictor] = mlp_predictors(engine.file, engine.config)
-    elif solved is None:
+    elif kept is None:
         fitted = _fitted(engine, prepared)
     else:
-        fitted, densities = kept_predictors(solved, engine.model), kept_densities(solved)
+        fitted, densities = kept_predictors(kept, engine.model), kept_densities(kept)
     if engine.run.sparsity is not None and engine.method in THRESHOLDED:
         densities = [1 - engine.run.sparsity] * len(fitted)
     if densities is not None:
         fitted = [one.at_density(density) for one, density in zip(fitted, densities, strict=True)]
     elif engine.method in THRESHOLDED:
-        assert solved is not None  # `resolve_method` asks for a sparsity
-        raise ValueError(f"{solved.path}: its predictors were never calibrated: give a sparsity, or run pinfer solve")
+        assert kept is not None  # `resolve_method` asks for a sparsity
+        raise ValueError(f"{kept.path}: its predictors were never calibrated: give a sparsity, or run pinfer solve")
     return _Predictors(fitted_predictors(fitted), fitted, densities)
 
 

@@ -50,7 +50,12 @@ class TensorInfo:
 
 
 class Part:
-    """One file on the disk, mapped read-only: `data` uint8 [bytes] is all of it. A model has one or several."""
+    """One file on the disk, mapped read-only: `data` uint8 [bytes] is all of it. A model has one or several.
+
+    `header_bytes` is where its weights begin, None where its tensors tell.
+    """
+
+    header_bytes: int | None = None
 
     def __init__(self, path: Path, file: mmap.mmap) -> None:
         self.path, self.data = path, _as_tensor(file)

@@ -64,7 +64,7 @@ def expect_neuron_major(file: ModelFile, expected: dict[str, tuple[int, ...]]) -
     """What a neuron-major file needs in place of the tensors that a model needs: `down` turned, and a predictor in every
     layer if there is one in any. FormatError for a predictor's first matrix that is no matrix."""
     found: dict[str, tuple[int, ...]] = {}
-    predicted = any(name.endswith((".fc1.weight", ".fc2.weight")) for name in file.tensors)
+    predicted = any(name.startswith("blk.") and is_predictor(name) for name in file.tensors)
     for name, shape in expected.items():
         if not name.endswith("ffn_down.weight"):
             found[name] = shape
@@ -75,6 +75,11 @@ def expect_neuron_major(file: ModelFile, expected: dict[str, tuple[int, ...]]) -
             rank = file.info(f"{prefix}fc1.weight").shape[0]
             found |= {f"{prefix}fc1.weight": (rank, width), f"{prefix}fc2.weight": (neurons, rank)}
     return found
+
+
+def is_predictor(name: str) -> bool:
+    """Whether a tensor of that name is no part of the model itself, but of what names its neurons."""
+    return name.startswith(EMBEDDED) or name.endswith((".fc1.weight", ".fc2.weight"))
 
 
 class Factors(NamedTuple):

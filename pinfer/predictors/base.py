@@ -25,8 +25,8 @@ class Prediction(NamedTuple):
 
     active:      union over the tokens (see `Active`).
     mask:        bool [T, N], which of them each token uses; None for one token.
-    gate_values: float32 [T, N], g_i · x where the predictor had to compute it; else None.
-    shift:       float32 [N] or None: y is to be summed over (act(g_i · x) - shift_i) · (u_i · x) · d_i.
+    gate_values: float32 [T, N], g_i · x with its bias where the predictor had to compute it; else None.
+    shift:       float32 [N] or None: y is to be summed over (act(g_i · x + b_i) - shift_i) · (u_i · x) · d_i.
     """
 
     active: Active
@@ -79,11 +79,13 @@ class Predictor(nn.Module, ABC):
     compensation: QuantTensor [D, D] or None; what it makes of x stands for the neurons left out.
     opens_dense:  whether a sequence's first token is computed whole. Its activations are outliers
                   that later tokens attend to, and thresholds for the others fit it badly.
-    reads_gate:   whether a prediction reads every row of the FFN's gate, which it has as `gate`, and says what they gave.
+    reads_gate:   whether a prediction reads every row of the FFN's gate, which it has as `gate` and
+                  `gate_bias`, and says what they gave.
     """
 
     threshold: torch.Tensor
     gate: QuantTensor
+    gate_bias: torch.Tensor | None
     quality: PredictorQuality | None = None
     density: float | None = None
     cuts: Cuts | None = None

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pinfer.kernels import cases, ops
-from pinfer.kernels.activation import ACTIVATIONS
+from pinfer.kernels.activation import ACTIVATIONS, HAS_CUTOFF
 from pinfer.kernels.cpp import binding, core_problem
 from pinfer.kernels.registry import Op
 from pinfer.quant import BY_NAME, QuantTensor
@@ -86,7 +86,9 @@ def matmuls(draw: st.DrawFn) -> Case:
     tokens = draw(st.one_of(st.integers(1, 16), st.integers(17, 40)))
     generator = torch.Generator().manual_seed(draw(SEEDS))
     shape = {"rows": draw(st.integers(1, 70)), "columns": width(draw, name)}
-    inputs = ops.quant_matmul.make_inputs(generator, type=name, tokens=tokens, **shape, int8=int8)
+    inputs = ops.quant_matmul.make_inputs(
+        generator, type=name, tokens=tokens, **shape, biased=draw(st.booleans()), int8=int8
+    )
     if int8 and BY_NAME[name].block_size > 1:
         inputs["x"] = at_exact_steps(inputs["x"], BY_NAME[name].block_size, generator)
     return inputs, 1.0
@@ -99,6 +101,7 @@ def ffns(draw: st.DrawFn) -> Case:
     down = draw(st.sampled_from([name, "Q8_0", *TYPES]))
     columns, neurons = width(draw, name, up, down), draw(st.integers(1, 130))
     generator = torch.Generator().manual_seed(draw(SEEDS))
+    activation = draw(st.sampled_from(list(ACTIVATIONS)))
     inputs = ops.sparse_ffn.make_inputs(
         generator,
         type=name,
@@ -107,10 +110,13 @@ def ffns(draw: st.DrawFn) -> Case:
         neurons=neurons,
         width=columns,
         density=draw(st.sampled_from([0.0, 0.02, 0.3, 1.0])),
-        activation=draw(st.sampled_from(list(ACTIVATIONS))),
+        activation=activation,
         gated=draw(st.booleans()),
         masked=draw(st.booleans()),
         with_gate_values=draw(st.booleans()),
+        shifted=draw(st.booleans()),
+        biased=draw(st.booleans()),
+        cutoff=draw(st.sampled_from([0.0, 0.3])) if activation in HAS_CUTOFF else 0.0,
         int8=int8,
     )
     if inputs["up"] is not None:
@@ -148,6 +154,7 @@ def attentions(draw: st.DrawFn) -> Case:
         head_dim=draw(st.integers(1, 80)),
         start=draw(st.integers(0, 70)),
         window=draw(st.one_of(st.none(), st.integers(1, 30))),
+        softcap=draw(st.one_of(st.none(), st.floats(0.1, 60))),
         room=draw(st.integers(0, 3)),
     )
     return inputs, 1.0

@@ -16,9 +16,19 @@ from typing import Any
 import torch
 
 from pinfer.formats.errors import FormatError, shown
-from pinfer.formats.huggingface.families import Described, describe
+from pinfer.formats.huggingface.describe import Described, describe
 from pinfer.formats.huggingface.json_file import Node
-from pinfer.formats.huggingface.names import Change, Link, folder_names, is_ignored, links, row_orders
+from pinfer.formats.huggingface.names import (
+    HEAD,
+    Change,
+    Link,
+    RowOrder,
+    folder_names,
+    is_ignored,
+    links,
+    row_orders,
+    text_name,
+)
 from pinfer.formats.huggingface.names import describe as misshapen
 from pinfer.formats.huggingface.safetensors_file import TYPES, Stored
 from pinfer.formats.huggingface.shards import open_shards
@@ -61,6 +71,8 @@ class HFFolder(ModelFile):
         described = describe(Node.read(folder / CONFIG, MAX_CONFIG_BYTES))
         shards = open_shards(folder)
         stored = {name: one for shard in shards for name, one in shard.tensors.items()}
+        if described.with_images:
+            stored = {text: one for name, one in stored.items() if (text := text_name(name)) is not None}
         parts: list[Part] = [*shards, Part(folder / CONFIG, map_file(folder / CONFIG))]
         build = _Tensors(parts, stored, described)
         described.metadata.update(_general(folder, build.tensors))
@@ -98,6 +110,7 @@ class _Tensors:
         self.tensors: dict[str, TensorInfo] = {}
         self.recipes: dict[str, Recipe] = {}
         self.stacks: dict[str, list[Recipe]] = {}  # of the experts' matrices, each alone
+        self._row_orders: dict[tuple[Change, str], list[RowOrder]] = {}
         known = self._known(described)
         for name, one in stored.items():
             if name not in known and not is_ignored(name):
@@ -117,10 +130,8 @@ class _Tensors:
         for link in links(described.tensors, described.dims):
             wanted = folder_names(link, described.dims)
             known.update(wanted)
-            if link.folder == "lm_head.weight" and described.tied:
+            if link.folder == HEAD and described.tied:
                 continue  # what is there is the embedding once more
-            if link.optional and wanted[0] not in self._stored and (described.tied or link.folder != "lm_head.weight"):
-                continue
             self._place(link, [self._find(name, link) for name in wanted])
         return known
 
@@ -151,10 +162,17 @@ class _Tensors:
         elif link.change is Change.PLUS_ONE:
             self._make(link.gguf[0], first.shape, F32, lambda: self._made(partial(_plus_one, kind), [first]))
         else:
-            for name, order in zip(link.gguf, row_orders(link, self._dims), strict=True):
+            for name, order in zip(link.gguf, self._orders(link), strict=True):
                 self._place_rows(name, first, order)
 
-    def _place_rows(self, name: str, source: Stored, order: slice | torch.Tensor) -> None:
+    def _orders(self, link: Link) -> list[RowOrder]:
+        """The same for all layers, and kept once."""
+        key = (link.change, link.shape)
+        if key not in self._row_orders:
+            self._row_orders[key] = row_orders(link, self._dims)
+        return self._row_orders[key]
+
+    def _place_rows(self, name: str, source: Stored, order: RowOrder) -> None:
         kind, row_bytes = TYPES[source.dtype], source.nbytes // source.shape[0]
         if isinstance(order, torch.Tensor):
             shape = (order.numel(), *source.shape[1:])

@@ -38,9 +38,8 @@ def attention(
     age = torch.arange(first, end)[:, None] - torch.arange(seen_from, end)[None, :]
     visible = age >= 0 if window is None else (age >= 0) & (age < window)
     if softcap is not None:
-        group = query.shape[1] // keys.shape[0]
-        seen_keys, seen_values = (cache[:, seen_from:end].repeat_interleave(group, 0) for cache in (keys, values))
-        return _capped(query, seen_keys, seen_values, visible.to(query.device), scale, softcap)
+        seen = slice(seen_from, end)
+        return _capped(query, keys[:, seen], values[:, seen], visible.to(query.device), scale, softcap)
     mixed = F.scaled_dot_product_attention(
         query.transpose(0, 1)[None],
         keys[None, :, seen_from:end],
@@ -55,10 +54,14 @@ def attention(
 def _capped(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor, scale: float, cap: float
 ) -> torch.Tensor:
-    """Attention with capped scores, which torch's fused one has not: keys and values [heads, S, head_dim]."""
-    scores = query.transpose(0, 1) @ keys.transpose(1, 2) * scale  # [heads, T, S]
+    """Attention with capped scores, which torch's fused one has not: keys and values [kv_heads, S, head_dim]."""
+    tokens, heads, head_dim = query.shape
+    kv_heads, positions, _ = keys.shape
+    rows = query.transpose(0, 1).reshape(kv_heads, -1, head_dim)  # the queries that share a key head
+    scores = (rows @ keys.transpose(1, 2) * scale).view(heads, tokens, positions)
     scores = (cap * torch.tanh(scores / cap)).masked_fill(~visible, float("-inf"))
-    return (scores.softmax(dim=-1) @ values).transpose(0, 1).contiguous()
+    mixed = scores.softmax(dim=-1).view(kv_heads, -1, positions) @ values
+    return mixed.view(heads, tokens, head_dim).transpose(0, 1).contiguous()
 
 
 def check_inputs(
