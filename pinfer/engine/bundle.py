@@ -155,7 +155,7 @@ class _Writer:
             weight = self._file.tensor(name)
             if name.endswith("ffn_down_t.weight"):
                 rows, error = (weight, 0.0) if kind is source else _requantized_rows(weight, kind)
-            elif self._down_type is None:
+            elif kind is as_it_is:  # exact where it can be
                 rows, error = transpose_weights(weight)
             else:
                 rows, error = _turned(weight, kind)
