@@ -35,7 +35,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is counted otherwise")
 def test_inspecting_40_gb_takes_less_than_300_mb(large: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}  # which is imported then
+    environment = {
+        key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"
+    }  # which is imported then
     command = [sys.executable, "-c", _INSPECT, str(large)]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     figures, peak_kb = shown.stdout.splitlines()
