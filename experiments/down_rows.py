@@ -61,11 +61,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--types", nargs="+", default=["Q8_0", "Q6_K", "Q5_K", "Q4_K"])
+    parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
     engine = load_engine(RunConfig(model=str(arguments.model), method="dense", precision="float32", context=SEQUENCE))
     text = Text.read(str(ASSETS / "evaluation.txt"))
-    sequences = cut(engine.tokenizer, text, TOKENS, SEQUENCE, SEQUENCE)
+    sequences = cut(engine.tokenizer, text, arguments.tokens, SEQUENCE, SEQUENCE)
     rows = []
     for kind in arguments.types:
         rows.append(compared(arguments.model, kind, sequences, engine))

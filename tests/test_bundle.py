@@ -224,3 +224,20 @@ def test_a_directory_without_statistics_leaves_neurons_where_they_are(tmp_path: 
     one, two = open_model(path), open_model(tmp_path / "b.gguf")
     assert torch.equal(one.raw("blk.3.ffn_up.weight"), two.raw("blk.3.ffn_up.weight"))
     assert embedded_solved(two) is None
+
+
+@pytest.mark.parametrize("kind", ["bundle", "powerinfer"])
+def test_neuron_major_files_are_quantised_as_they_are(
+    bundled: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = bundled if kind == "bundle" else write_powerinfer(tmp_path / "m.gguf")
+    assert run(["quantize", str(source), "-o", str(tmp_path / "q.gguf"), "--type", "Q5_0"]) == OK
+    said = capsys.readouterr()
+    assert "llama.cpp does not read it" in said.err
+    assert "predictors" in said.out
+    one, two = engine_of(source), engine_of(tmp_path / "q.gguf")
+    assert one.method == two.method
+    assert two.file.info("blk.0.ffn_down_t.weight").type is Q5_0
+    for engine in (one, two):
+        assert text_of(engine)
+    assert density(two.model) == pytest.approx(density(one.model), abs=0.05)

@@ -17,6 +17,7 @@ from pinfer.cli.progress import duration, written
 from pinfer.engine.cores import default_threads
 from pinfer.engine.quantize_model import Target, Total, quantize_model, targets, totals
 from pinfer.formats import ModelFile, open_model
+from pinfer.formats.powerinfer import is_neuron_major
 from pinfer.formats.standard import fused_tensors
 from pinfer.formats.type_mix import FILE_TYPES, base_type
 
@@ -40,6 +41,10 @@ def quantize_command(
         fused = fused_tensors(file)
         chosen = targets(file, type_name, fused)
         _tell(chosen, type_name)
+        if is_neuron_major(file):
+            note(
+                "the file has down by neurons, as its source: llama.cpp does not read it; pinfer convert writes one it does"
+            )
         started = time.perf_counter()
         found = totals(chosen)
         if not dry_run:

@@ -20,6 +20,7 @@ import torch
 from pinfer.formats import ModelFile
 from pinfer.formats.gguf_writer import Outgoing, fuse, metadata_of, stored, write_gguf
 from pinfer.formats.pages import is_mapped, release_pages
+from pinfer.formats.powerinfer import is_predictor
 from pinfer.formats.type_mix import (
     FILE_TYPES,
     QUANTIZATION_VERSION,
@@ -52,6 +53,8 @@ class Target:
     @property
     def kind(self) -> str:
         """Which tensors it is summed up with."""
+        if is_predictor(self.name):
+            return "predictors"
         return "norms and biases" if len(self.shape) < 2 else part_of(self.name)[0]
 
     @property

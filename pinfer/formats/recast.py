@@ -41,8 +41,10 @@ def as_bytes(values: torch.Tensor, kind: QuantType, file: ModelFile, name: str) 
     """float32 values as the bytes of `kind`; bytes stay as they are."""
     if values.dtype == torch.uint8:
         return values.reshape(-1)
-    narrow = values.to(FLOAT_DTYPES[kind])
-    if not bool((narrow.isfinite() | ~values.isfinite()).all()):
+    narrow, limit = values.to(FLOAT_DTYPES[kind]), torch.finfo(FLOAT_DTYPES[kind]).max
+    low, high = torch.aminmax(values)
+    within = bool(-limit <= low) and bool(high <= limit)  # False for a weight that is not finite to begin with
+    if not within and bool((~narrow.isfinite() & values.isfinite()).any()):
         raise ValueError(
             f"{file.path}: tensor {name!r} holds {values.abs().max():.3g}, which {kind} cannot; take bf16 or f32"
         )

@@ -10,9 +10,9 @@ from pinfer.formats.fused import fused_groups
 from pinfer.formats.gguf_writer import Outgoing, fuse, metadata_of, stored, write_gguf
 from pinfer.formats.model_file import FLOAT_DTYPES, ModelFile
 from pinfer.formats.recast import Dequantize, recast
+from pinfer.formats.type_mix import FILE_TYPES
 from pinfer.quant import F32, QuantType
 
-FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}  # of general.file_type
 _ROUTER = ".ffn_gate_inp.weight"
 
 
@@ -35,7 +35,7 @@ def write_standard(
 def standard_metadata(file: ModelFile, kind: QuantType | None) -> dict[str, Any]:
     metadata = metadata_of(file)
     if kind is not None:
-        metadata["general.file_type"] = FILE_TYPES[str(kind)]
+        metadata["general.file_type"] = FILE_TYPES[kind.name.lower()]
     return metadata
 
 

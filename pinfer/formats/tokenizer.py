@@ -20,11 +20,21 @@ from pinfer.formats.tokenizer_bpe import BpeModel, find_pre_tokenizer
 from pinfer.formats.tokenizer_settings import TokenizerSettings, read_settings
 from pinfer.formats.tokenizer_special import SpecialSplitter
 from pinfer.formats.tokenizer_spm import SpmModel
-from pinfer.formats.tokenizer_vocab import KEY, TokenType, Vocabulary, read_strings, read_value, read_vocabulary
+from pinfer.formats.tokenizer_vocab import (
+    KEY,
+    TokenType,
+    Vocabulary,
+    looks_special,
+    read_strings,
+    read_value,
+    read_vocabulary,
+)
 
 __all__ = ["StreamingDetokenizer", "Tokenizer", "load_tokenizer"]
 
 _NFC = normalizers.NFC()  # of the Unicode version that the models' own tokenizers have
+
+_TURN_MARKS = ("<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
 
 
 class _TextModel(Protocol):
@@ -36,7 +46,8 @@ class Tokenizer:
 
     `add_bos` and `add_eos` say what the model wants around a text; `encode` follows the former,
     the latter is for whoever builds training or embedding inputs. `eog_ids` end a generation.
-    `control_tokens` are ids by text; `named_tokens` are the texts behind the names that chat
+    `control_tokens` are ids by text, those included that a file calls user-defined though they
+    mark turns; `named_tokens` are the texts behind the names that chat
     templates use (bos_token, eos_token, unk_token).
     """
 
@@ -57,12 +68,14 @@ class Tokenizer:
         self._nfc = settings.nfc
         self._prefix_inside = settings.space_prefix != "first"
         self._tokens = vocabulary.tokens
-        self.control_tokens = {self._tokens[i]: i for i in vocabulary.ids_of_type(TokenType.CONTROL)}
+        self.control_tokens = _control_tokens(vocabulary)
         self.named_tokens = _named_tokens(vocabulary)
         self._model = model
         self._detokenizer = detokenizer
         user_defined = vocabulary.ids_of_type(TokenType.USER_DEFINED)
         special = vocabulary.ids_of_type(TokenType.USER_DEFINED, TokenType.CONTROL, TokenType.UNKNOWN)
+        plain = {self._tokens[i]: i for i in user_defined if self._tokens[i] not in self.control_tokens}
+        self._split_pieces = SpecialSplitter(plain)
         # Plain text keeps every byte, so only parsed special tokens may swallow what is behind them.
         self._split_added = SpecialSplitter({self._tokens[i]: i for i in user_defined})
         self._split_special = SpecialSplitter(
@@ -98,7 +111,7 @@ class Tokenizer:
         for text, control in pieces:
             if not control:
                 _check_unicode(text)
-                parts.extend(self._split_added.split(text))
+                parts.extend(self._split_pieces.split(text))
             elif text in self.control_tokens:
                 parts.append(self.control_tokens[text])
             else:
@@ -158,6 +171,17 @@ def load_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
         pre = find_pre_tokenizer(read_value(metadata, "pre", str))
         model = BpeModel(vocabulary, read_strings(metadata, "merges"), pre)
     return Tokenizer(vocabulary, model, Detokenizer(vocabulary, settings.space_prefix), settings)
+
+
+def _control_tokens(vocabulary: Vocabulary) -> dict[str, int]:
+    """Files for Phi-3 and early ChatML models call "<|user|>" and "<|im_start|>" user-defined."""
+    control, ordinary = (vocabulary.ids_of_type(kind) for kind in (TokenType.CONTROL, TokenType.USER_DEFINED))
+    tokens = vocabulary.tokens
+    known = (
+        {*_TURN_MARKS, "</s>"} if vocabulary.ids.get("<s>") in control else {*_TURN_MARKS}
+    )  # else it is a tag of HTML
+    marks = [i for i in ordinary if looks_special(tokens[i]) or tokens[i] in known]
+    return {tokens[i]: i for i in (*control, *marks)}
 
 
 def _named_tokens(vocabulary: Vocabulary) -> dict[str, str]:

@@ -82,6 +82,16 @@ _OTHER_MARKS = {
 }
 
 
+def looks_special(text: str) -> bool:
+    """Marks that files call ordinary tokens and llama.cpp's converter control tokens: no user's text may spell them."""
+    return (
+        (text.startswith("<|") and text.endswith("|>"))
+        or (text.startswith("<｜") and text.endswith("｜>"))
+        or (text.startswith("<unused") and text.endswith(">"))
+        or text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+    )
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """The tokens of one model: `tokens[i]`, `types[i]` and, where the file has them, `scores[i]` belong to id i."""

@@ -28,7 +28,7 @@ from pinfer.formats.huggingface.tokenizer_json import (
     read_vocab_files,
 )
 from pinfer.formats.huggingface.write_tokenizer import write_tokenizer
-from pinfer.formats.tokenizer_vocab import END_TEXTS, KEY, PINFER_KEY, ROLES, TokenType
+from pinfer.formats.tokenizer_vocab import END_TEXTS, KEY, PINFER_KEY, ROLES, TokenType, looks_special
 
 __all__ = ["tokenizer_metadata", "write_tokenizer"]
 
@@ -166,20 +166,10 @@ def _add(rows: Rows, added: Collection[AddedToken], spaces: bool) -> None:
     """Put added tokens in their places; in SentencePiece models ordinary ones are spelled with spaces."""
     unknown = {i for i, row in rows.items() if row.kind == TokenType.UNKNOWN}
     for token in added:
-        control = token.special or _looks_special(token.content)
+        control = token.special or looks_special(token.content)
         text = token.content if control or not spaces else token.content.replace(SPACE, " ")
         kind = TokenType.CONTROL if control else TokenType.USER_DEFINED
         rows[token.id] = _Row(text, TokenType.UNKNOWN if token.id in unknown else kind, ADDED_SCORE)
-
-
-def _looks_special(text: str) -> bool:
-    """Marks that files call ordinary tokens and llama.cpp's converter control tokens: no user's text may spell them."""
-    return (
-        (text.startswith("<|") and text.endswith("|>"))
-        or (text.startswith("<｜") and text.endswith("｜>"))
-        or (text.startswith("<unused") and text.endswith(">"))
-        or text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
-    )
 
 
 def _pad(rows: Rows, vocab_size: int | None, folder: Path) -> None:
