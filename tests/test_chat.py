@@ -58,7 +58,8 @@ def controls(rendered: Any) -> list[str]:
     return [piece.text for piece in rendered.pieces if piece.control]
 
 
-# What the published templates of each family make of TALK with SYSTEM in front.
+# What the published templates of each family make of TALK with SYSTEM in front; Gemma's refuses a
+# system message, Mistral's first has a space more before each [INST].
 PUBLISHED = {
     "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     "Hello.<|im_end|>\n<|im_start|>user\n Who are you? <|im_end|>\n<|im_start|>assistant\n",
@@ -69,7 +70,7 @@ PUBLISHED = {
     "<|start_header_id|>user<|end_header_id|>\n\nWho are you?<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
     "mistral": "<s>[INST] Be brief.\n\nHi [/INST] Hello.</s>[INST]  Who are you?  [/INST]",
-    "mistral-v3": "<s>[INST] Be brief.\n\nHi[/INST] Hello.</s>[INST]  Who are you? [/INST]",
+    "mistral-v3": "<s>[INST] Hi[/INST] Hello.</s>[INST] Be brief.\n\n Who are you? [/INST]",
     "gemma": "<s><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\nHello.<end_of_turn>\n"
     "<start_of_turn>user\nWho are you?<end_of_turn>\n<start_of_turn>model\n",
     "phi-3": "<|system|>\nBe brief.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\nHello.<|end|>\n"
