@@ -111,7 +111,7 @@ def test_nothing_that_highs_prints_reaches_standard_output(
         return milp(*arguments, **named)
 
     c.puts(b"before")
-    monkeypatch.setattr("pinfer.placement.exact.milp", noisy)
+    monkeypatch.setattr("scipy.optimize.milp", noisy)
     by_highs(chain_of(hybrid_70b()), 10**10, 1e-12, 0.1, exact=False)
     c.puts(b"after")
     c.fflush(None)
