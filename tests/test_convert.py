@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
@@ -176,6 +177,17 @@ def test_a_failure_leaves_nothing(to: str, tmp_path: Path, capsys: pytest.Captur
     line = refused(["convert", folder, "-o", out, "--to", to, "--type", "f16"], capsys)
     assert "ffn_down" in line and "1e+06" in line
     assert list(out.parent.iterdir()) == []
+
+
+def test_what_a_killed_run_left_goes_once_it_is_old(tmp_path: Path) -> None:
+    stale, fresh = tmp_path / ".out.a.tmp", tmp_path / ".out.b.tmp"
+    for folder in (stale, fresh):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    for path in (stale / "model.safetensors", stale):
+        os.utime(path, (0, 0))
+    assert run(["convert", str(folder_of("llama2")), "-o", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.b.tmp", "out"]
 
 
 @pytest.mark.parametrize("to", ["gguf", "hf"])

@@ -26,21 +26,21 @@ from pinfer.formats.huggingface.names import (
     folder_names,
     is_ignored,
     links,
+    misshapen,
     row_orders,
     text_name,
 )
-from pinfer.formats.huggingface.names import describe as misshapen
 from pinfer.formats.huggingface.safetensors_file import TYPES, Stored
 from pinfer.formats.huggingface.shards import open_shards
 from pinfer.formats.huggingface.tokenizer import tokenizer_metadata
 from pinfer.formats.model_file import FLOAT_DTYPES, MADE, ModelFile, Part, TensorInfo, map_file
 from pinfer.formats.pages import release_bytes
+from pinfer.formats.standard import FILE_TYPES
 from pinfer.quant import F32, QuantTensor, QuantType
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 16 << 20
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}  # of general.file_type
 _QUANTISED = {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2", "I8", "U8", "I32"}
 
 Recipe = Callable[[], torch.Tensor]
@@ -224,7 +224,7 @@ def _general(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, Any]:
     return {
         "general.type": "model",
         "general.name": folder.name,
-        "general.file_type": _FILE_TYPES[types.most_common(1)[0][0]],
+        "general.file_type": FILE_TYPES[types.most_common(1)[0][0]],
     }
 
 

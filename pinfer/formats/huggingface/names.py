@@ -113,7 +113,7 @@ def folder_names(link: Link, dims: Dims) -> list[str]:
     return [link.folder.replace("{expert}", str(expert)) for expert in range(dims.n_experts)]
 
 
-def describe(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+def misshapen(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
     """What to say of a tensor that is not as large as it should be."""
     return f"tensor {shown(name)} has shape {list(found)}, config.json asks for {list(expected)}"
 

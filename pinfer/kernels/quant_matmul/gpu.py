@@ -63,7 +63,7 @@ class Launch:
 
 @triton.jit
 def _quant_matmul_kernel(
-    x_ptr, weight_ptr, row_stride, bias_ptr, out_ptr, rows, rows_a_program,
+    x_ptr, weight_ptr, row_stride, out_ptr, rows, rows_a_program, bias_ptr,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, TYPE: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):  # fmt: skip
@@ -78,10 +78,11 @@ def _quant_matmul_kernel(
         row = first + tl.arange(0, ROWS)
         wanted = row < end
         raw = load_raw(weight_ptr + row.to(tl.int64) * row_stride, wanted, g, GROUPS, TYPE)
-        value = dots(raw, x, x_sums, TYPE)
         if HAS_BIAS:  # the first part of a row brings it
-            value += tl.load(bias_ptr + row, mask=wanted & (part == 0), other=0.0)
-        tl.store(out_ptr + row, value, mask=wanted)
+            bias = tl.load(bias_ptr + row, mask=wanted & (part == 0), other=0.0)
+            tl.store(out_ptr + row, dots(raw, x, x_sums, TYPE) + bias, mask=wanted)
+        else:
+            tl.store(out_ptr + row, dots(raw, x, x_sums, TYPE), mask=wanted)
 
 
 def quant_matmul(
@@ -101,9 +102,10 @@ def quant_matmul(
     rows_a_program = launch.rows_a_program if x.is_cuda else ROWS_INTERPRETED
     out = torch.empty(launch.parts, 1, weight.rows, dtype=torch.float32, device=x.device)
     _quant_matmul_kernel[(triton.cdiv(weight.rows, rows_a_program), launch.parts)](
-        x, weight.blocks, weight.blocks.stride(0), x if bias is None else bias.contiguous(), out, weight.rows,
-        rows_a_program, WIDTH=weight.columns, GROUPS=groups_of(weight), TYPE=weight.type.name,
-        HAS_BIAS=bias is not None, ROWS=launch.rows, BLOCK_G=launch.block_g, num_warps=warps_here(launch.num_warps), num_stages=1,
+        x, weight.blocks, weight.blocks.stride(0), out, weight.rows, rows_a_program,
+        x if bias is None else bias.contiguous(),
+        WIDTH=weight.columns, GROUPS=groups_of(weight), TYPE=weight.type.name, HAS_BIAS=bias is not None,
+        ROWS=launch.rows, BLOCK_G=launch.block_g, num_warps=warps_here(launch.num_warps), num_stages=1,
     )  # fmt: skip
     return summed(out)
 
