@@ -59,13 +59,18 @@ def test_mapping_and_overrides() -> None:
     [
         ("n_layers", 0), ("n_heads", 0), ("n_kv_heads", 3), ("norm_eps", math.nan), ("norm_eps", 0.0),
         ("activation", "swish"), ("sliding", (True,)), ("rope", RopeConfig(18, 1e4, "halves")),
-        ("rope", RopeConfig(15, 1e4, "halves")), ("rope", RopeConfig(16, math.nan, "halves")),
-        ("rope_local", RopeConfig(16, 1e4, "halves", scale=0.0)),
+        ("rope", RopeConfig(15, 1e4, "halves")), ("rope_local", RopeConfig(18, 1e4, "halves")),
     ],
 )  # fmt: skip
 def test_model_shape_out_of_range(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=key.removesuffix("_local")):
         ModelConfig(**{**SHAPE, key: value})
+
+
+@pytest.mark.parametrize("stated", [{"base": math.nan}, {"base": 0.0}, {"scale": 0.0}, {"attention_factor": math.inf}])
+def test_rope_out_of_range(stated: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be finite and positive"):
+        RopeConfig(**{"dim": 16, "base": 1e4, "style": "halves", **stated})
 
 
 def test_attention_scale_defaults_to_the_head() -> None:
