@@ -24,6 +24,7 @@ Method = Literal[
     "input_threshold",
     "low_rank",
     "sign_bits",
+    "mlp",
 ]
 Backend = Literal["auto", "reference", "cpu", "triton"]
 Precision = Literal["auto", "float32", "int8"]
@@ -214,8 +215,8 @@ class RunConfig:
     `method` picks the predictor: `dense` computes every neuron, `exact` needs a ReLU model,
     `gate_threshold` (CATS), `weighted_threshold`, `shift_threshold` and `input_threshold` (TEAL, which
     skips inputs instead of neurons) need `sparsity`, `low_rank` needs it for models without ReLU,
-    `sign_bits` needs ReLU. `auto` is what the predictors of `predictor_path`, a solved directory, are
-    for; without one, where a sparsity is given, the best method that needs no training
+    `sign_bits` needs ReLU, `mlp` a file that has its predictors (PowerInfer's). `auto` is what the predictors of `predictor_path`, a solved directory, are
+    for, or `mlp` for a file that has its predictors; without either, where a sparsity is given, the best method that needs no training
     (`shift_threshold` for SiLU and GELU); else `exact` for ReLU models and `dense` for others.
     `predictor_rank` is that of `low_rank`, and `recall`, the share of active neurons to catch, that
     of `low_rank` and `sign_bits`. `cold_fraction` puts that share of each layer's neurons on a

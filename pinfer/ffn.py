@@ -263,7 +263,7 @@ class SparseFFN(nn.Module):
         """Have a predictor that reads the gate read this one's, and hold no second."""
         mine, its = self.weights.gate, self.predictor.gate if self.predictor.reads_gate else None
         if its is not None and (its.shape, its.device) == (mine.shape, mine.device):
-            self.predictor.gate = mine
+            self.predictor.gate, self.predictor.gate_bias = mine, self.weights.gate_bias
 
 
 def _with_compensation(y: torch.Tensor, x: torch.Tensor, predictor: Predictor) -> torch.Tensor:

@@ -73,6 +73,7 @@ def appearing_folder(path: Path, n_bytes: int = 0, *, replace: bool = False) -> 
     if os.path.lexists(path) and not replace:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     check_room(path, n_bytes)
+    _drop_stale_folders(path)
     made = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     old = made.with_name(made.name + ".old")
     try:
@@ -93,6 +94,16 @@ def appearing_folder(path: Path, n_bytes: int = 0, *, replace: bool = False) -> 
         shutil.rmtree(made, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     _sync_folder(path.parent)
+
+
+def _drop_stale_folders(path: Path) -> None:
+    """Temporary folders that a killed process left behind: a writer touches a file in its own every few seconds."""
+    for old in leftovers(path.parent, path.name):
+        with contextlib.suppress(OSError):
+            if old.is_dir() and time.time() - max(one.stat().st_mtime for one in (old, *old.iterdir())) > (
+                STALE_TEMPORARY_S
+            ):
+                shutil.rmtree(old)
 
 
 def check_room(path: Path, n_bytes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import struct
@@ -31,6 +32,7 @@ class Vocab:
     merges: tuple[str, ...] = ()
     special: dict[str, int] = field(default_factory=dict)  # bos, eos, unk, pad
     add_bos: bool = False
+    chat_template: str | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -48,6 +50,8 @@ class Vocab:
             getattr(writer, f"add_{name}_token_id")(token)
         writer.add_add_bos_token(self.add_bos)
         writer.add_add_space_prefix(False)
+        if self.chat_template is not None:
+            writer.add_chat_template(self.chat_template)
 
 
 def byte_to_unicode() -> dict[int, str]:
@@ -65,6 +69,14 @@ def bpe_vocab(merges: Sequence[str] = ("h e", "l l", "he ll", "hell o", "Ġ w", 
     end = len(tokens) - 1
     special = {"bos": end, "eos": end}
     return Vocab("gpt2", "gpt-2", tuple(tokens), tuple(types), merges=tuple(merges), special=special)
+
+
+def chat_vocab(chat_template: str | None = None) -> Vocab:
+    """`bpe_vocab` with ChatML's two control tokens behind it, the second of which ends an answer."""
+    plain = bpe_vocab()
+    special = plain.special | {"eos": len(plain) + 1}
+    tokens, types = (*plain.tokens, "<|im_start|>", "<|im_end|>"), (*plain.types, CONTROL, CONTROL)
+    return dataclasses.replace(plain, tokens=tokens, types=types, special=special, chat_template=chat_template)
 
 
 def spm_vocab(pieces: Sequence[str] = ("▁t", "he", "▁the", "in", "er", "▁a", "ll", "ello", "hello")) -> Vocab:

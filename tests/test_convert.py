@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import namedtuple
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from tempfile import mkdtemp
 
 import pytest
 import torch
@@ -14,15 +14,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pinfer.cli.main import run
+from pinfer.config import RunConfig
+from pinfer.engine import SHIPPED_MODEL, load_engine
+from pinfer.engine.mapped import fingerprint
 from pinfer.formats import open_model
 from pinfer.formats.huggingface.rope import llama3_factors
 from pinfer.formats.huggingface.write import write_folder
 from pinfer.formats.standard import write_standard
 from pinfer.kernels.ops import dequantize
-from pinfer.quant import BF16, F16
+from pinfer.quant import BF16, F16, Q8_0, QuantType
+from tests.hf_folders import IDS, folder_of
 from tests.hf_models import FAMILIES, load_reference, make_folder, reference_logits
+from tests.powerinfer_files import write_powerinfer
 
-IDS = [1, 17, 300, 42, 42, 260, 99, 401, 7, 311, 28, 133]
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # What config.json may have that says nothing about the function.
 UNSAID = {
@@ -31,11 +35,6 @@ UNSAID = {
     "resid_pdrop", "router_aux_loss_coef", "router_jitter_noise", "transformers_version", "use_cache",
     "bos_token_id", "eos_token_id", "pad_token_id", "rope_theta", "rope_scaling", "rope_parameters",
 }  # fmt: skip
-
-
-@cache
-def folder_of(name: str, dtype: torch.dtype = torch.float32) -> Path:
-    return make_folder(name, Path(mkdtemp(prefix="folder-")) / name, dtype=dtype)
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -180,6 +179,35 @@ def test_a_failure_leaves_nothing(to: str, tmp_path: Path, capsys: pytest.Captur
     assert list(out.parent.iterdir()) == []
 
 
+def test_what_a_killed_run_left_goes_once_it_is_old(tmp_path: Path) -> None:
+    stale, fresh = tmp_path / ".out.a.tmp", tmp_path / ".out.b.tmp"
+    for folder in (stale, fresh):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    for path in (stale / "model.safetensors", stale):
+        os.utime(path, (0, 0))
+    assert run(["convert", str(folder_of("llama2")), "-o", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.b.tmp", "out"]
+
+
+@pytest.mark.parametrize("to", ["gguf", "hf"])
+def test_an_interrupt_leaves_what_was_there(
+    to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    command = ["convert", str(folder_of("llama2")), "-o", str(out), "--to", to, "--force"]
+    assert run(command) == 0
+    before = fingerprint(open_model(out))
+
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pinfer.cli.progress._Tenths.__call__", interrupted)
+    assert run(command) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert fingerprint(open_model(out)) == before
+
+
 def test_a_full_disk_is_said_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,3 +222,40 @@ def test_a_full_disk_is_said_before(
 @pytest.mark.parametrize(("option", "value"), [("--type", "q4_k"), ("--to", "onnx")])
 def test_unknown_values_are_named(option: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert value in refused(["convert", folder_of("llama2"), "-o", tmp_path / "x", option, value], capsys)
+
+
+@pytest.mark.parametrize("kind", [F16, Q8_0])
+def test_powerinfers_files_become_standard(kind: QuantType, tmp_path: Path) -> None:
+    """`down` is turned back, predictors and PowerInfer's keys go, and the model computes the same."""
+    path = write_powerinfer(tmp_path / "model.powerinfer.gguf", "llama", kind)
+    assert run(["convert", str(path), "-o", str(tmp_path / "model.gguf")]) == 0
+    assert run(["convert", str(path), "-o", str(tmp_path / "folder"), "--type", "f32"]) == 0
+    logits = []
+    for one in (path, tmp_path / "model.gguf", tmp_path / "folder"):
+        engine = load_engine(RunConfig(model=str(one), method="dense", precision="float32", threads=1))
+        assert engine.config.activation == "relu"
+        with engine.computing():
+            logits.append(engine.model(torch.tensor([1, 5, 9]), engine.model.new_cache()))
+    with open_model(tmp_path / "model.gguf") as file:
+        assert not any(name.endswith(("fc1.weight", "ffn_down_t.weight")) for name in file.tensors)
+        assert not any(key.startswith("powerinfer") for key in file.metadata)
+    for found in logits[1:]:
+        assert torch.cosine_similarity(found, logits[0]).min() > 0.999  # rows of Q8_0 are rounded anew where turned
+
+
+def test_a_quantised_model_becomes_a_folder(tmp_path: Path) -> None:
+    """The shipped model, whose Q8_0 becomes F16 where no type is asked for."""
+    with open_model(SHIPPED_MODEL) as file:
+        write_folder(file, tmp_path / "out", None, dequantize)
+        expected = dequantize(file.tensor("blk.2.ffn_down.weight"))
+        norm = file.vector("output_norm.weight")
+    found = tensors_of(tmp_path / "out")
+    assert torch.equal(found["model.layers.2.mlp.down_proj.weight"], expected.half())
+    assert torch.equal(found["model.norm.weight"].float(), norm)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["model_type"], config["hidden_act"], config["dtype"]) == ("llama", "relu", "float16")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    engine = load_engine(RunConfig(method="dense", precision="float32", threads=1))
+    with engine.computing():
+        logits = engine.model(torch.tensor(IDS), engine.model.new_cache())
+    assert torch.cosine_similarity(logits, reference_logits(model, IDS)).min() > 0.9999

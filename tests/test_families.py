@@ -13,9 +13,11 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
-from pinfer.config import ModelConfig, RunConfig
+from pinfer.benchmark.weight_bytes import StepBytes
+from pinfer.config import Method, ModelConfig, RunConfig
 from pinfer.engine import load_engine
-from pinfer.engine.place import place_model
+from pinfer.engine.place import place_model, runnable
+from pinfer.engine.plans import PLACED
 from pinfer.engine.shape import model_shape
 from pinfer.engine.step import DecodeStep
 from pinfer.ffn import DenseFFN, SparseFFN
@@ -27,8 +29,11 @@ from pinfer.kernels.dequantize.reference import dequantize
 from pinfer.models import FAMILIES as BLOCKS
 from pinfer.models import LayerWalk, Transformer, build_model
 from pinfer.models.weights import held_bytes
+from pinfer.overlap import Lane
 from pinfer.placement import Plan
+from pinfer.placement.memory import Reserves, memory
 from pinfer.predictors import Prediction
+from pinfer.quality import NeuronObserver
 from pinfer.sparsify import (
     LEAST_EXPERT_TOKENS,
     density,
@@ -42,7 +47,8 @@ from pinfer.sparsify import (
     sparsify,
 )
 from tests.hf_models import FAMILIES, load_reference, make_folder, reference_logits
-from tests.second_device import SecondDevice, second_device
+from tests.second_device import ELSEWHERE, SecondDevice, second_device
+from tests.test_place import mixed
 
 LENGTH = 70  # beyond every window (8 and 40), and every context before scaling (32 and 64)
 SHORT = 24  # within the contexts before scaling
@@ -128,14 +134,14 @@ def test_a_walk_by_layers_equals_transformers(name: str) -> None:
     assert_close(model.logits(walk.rest(0)), expected_of(name))
 
 
-def sparse(name: str, at: float | None) -> Transformer:
+def sparse(name: str, at: float | None, plan: Plan | None = None, lane: Lane | None = None) -> Transformer:
     """Thresholds at that density; None names by the activation's zeros."""
     model = built(name)
     if at is None:
         return sparsify(model, exact_predictors)
     sequences = [tokens_for(model.config, 40, seed) for seed in range(4)]
     fitted = fit_gate_threshold_predictors(model, sequences)
-    return sparsify(model, fitted_predictors([one.at_density(at) for one in fitted]))
+    return sparsify(model, fitted_predictors([one.at_density(at) for one in fitted]), plan, lane=lane)
 
 
 @torch.inference_mode()
@@ -242,32 +248,55 @@ def test_memory_is_known_to_the_byte(name: str, method: str) -> None:
     assert shape.head_bytes + shape.embedding_bytes == around
 
 
-@pytest.mark.parametrize("method", ["dense", "gate_threshold"])
-@pytest.mark.parametrize("name", ["qwen2", "gemma2", "falcon-7b", "falcon-40b", "opt", "phi4-mini", "prosparse"])
-def test_whole_layers_compute_the_same_on_another_device(name: str, method: str) -> None:
-    def run(model: Transformer) -> torch.Tensor:
-        cache = model.new_cache()
-        tokens = tokens_for(model.config, 12)
-        parts = [model(tokens[:9], cache), *(model(one[None], cache) for one in tokens[9:])]
-        return torch.cat([one.to("cpu") for one in parts])
+def run(model: Transformer) -> torch.Tensor:
+    """Logits of a prompt and of three tokens after it, on the CPU."""
+    cache = model.new_cache()
+    tokens = tokens_for(model.config, 12)
+    parts = [model(tokens[:9], cache), *(model(one[None], cache) for one in tokens[9:])]
+    return torch.cat([one.to("cpu") for one in parts])
 
+
+def placed_bytes(name: str, model: Transformer, plan: Plan, method: Method) -> int:
+    """What the memory account says of a plan, with the tables of the rotary embedding and the counts."""
+    shape = model_shape(file_of(name), model.config, method, rearranged=False)
+    said = memory(shape, plan, model.context, Reserves(0, 0, 0.0, 1, 0))
+    shards = [one for ffn in model.ffns() for one in ffn.modules() if isinstance(one, SparseFFN)]
+    counts = sum(one.activity.totals.nbytes for one in shards if one.activity.totals.device == ELSEWHERE)
+    return sum(said.gpu[part] for part in PLACED) + counts + sum(rope.nbytes for rope in model.ropes)
+
+
+def test_a_step_reads_the_experts_it_uses_and_one_position() -> None:
+    file = file_of("mixtral")
+    config = model_config(file)
+    step, matrix = StepBytes.of(file), config.n_layers * config.d_ffn * config.d_model * 4
+    assert (step.gate, step.rest) == (2 * matrix, 4 * matrix)  # two of four experts
+    stacked = sum(info.nbytes for info in file.tensors.values() if len(info.shape) == 3)
+    matrices = sum(info.nbytes for info in file.tensors.values() if len(info.shape) == 2)
+    assert stacked == 12 * matrix and step.other == matrices - file.info("token_embd.weight").nbytes
+    opt = file_of("opt")
+    whole = sum(info.nbytes for info in opt.tensors.values() if len(info.shape) == 2)
+    assert StepBytes.of(opt).dense == whole - opt.info("position_embd.weight").nbytes
+
+
+@pytest.mark.parametrize("method", ["dense", "gate_threshold", "mixed"])
+@pytest.mark.parametrize("name", ["qwen2", "gemma2", "falcon-7b", "falcon-40b", "opt", "phi4-mini", "prosparse"])
+def test_another_device_computes_the_same(name: str, method: str) -> None:
+    """Whole layers there, or every kind of layer beside every other (`mixed`)."""
+    config = model_config(file_of(name))
+    plan = Plan.whole_layers(config.n_layers, config.d_ffn, -1)
+    device = SecondDevice()
     with torch.inference_mode():
-        expected = run(built(name) if method == "dense" else sparse(name, DENSITY))
-        model = built(name) if method == "dense" else sparse(name, DENSITY)
-        device = SecondDevice()
+        if method == "mixed":
+            plan = runnable(mixed(config))
+            expected, model = run(sparse(name, DENSITY)), sparse(name, DENSITY, plan, device.lane(1))
+        else:
+            expected, model = (built(name) if method == "dense" else sparse(name, DENSITY) for _ in range(2))
+            expected = run(expected)
         with second_device():
-            place_model(model, Plan.whole_layers(model.config.n_layers, model.config.d_ffn, -1), device)
+            place_model(model, plan, device)
             found = run(model)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    shape = model_shape(file_of(name), model.config, method, rearranged=False)  # type: ignore[arg-type]
-    layers = sum(
-        one.attention_bytes + one.neuron_bytes * one.n_neurons + one.shared_bytes + one.compensation_bytes
-        for one in shape.layers
-    )
-    kv = sum(one.kv_bytes(model.context) for one in shape.layers)
-    counts = sum(ffn.activity.totals.nbytes for ffn in model.ffns() if isinstance(ffn, SparseFFN))
-    tables = sum(rope.nbytes for rope in model.ropes)
-    assert device.account.used == layers + shape.head_bytes + kv + counts + tables
+    assert device.account.used == placed_bytes(name, model, plan, "dense" if method == "dense" else "gate_threshold")
 
 
 def test_a_vector_that_is_ignored_would_show() -> None:
@@ -333,6 +362,26 @@ def test_an_expert_without_tokens_is_fitted_on_all_of_its_layers(moe: str) -> No
     assert len(sent) == model.config.n_layers * experts.count
     assert all(one >= LEAST_EXPERT_TOKENS for one in sent)
     assert any(one < 188 for one in sent)
+
+
+@torch.inference_mode()
+def test_what_experts_name_is_held_against_their_own_inputs(moe: str) -> None:
+    """The last tokens alone, each once for every expert that it was sent to."""
+    model, last = sparse(moe, DENSITY), 30
+    experts = model.config.experts
+    assert experts is not None
+    observer = NeuronObserver(model)
+    with observer.watch(LENGTH) as whole:
+        model(tokens_for(model.config), model.new_cache())
+    with observer.watch(last) as found:
+        model(tokens_for(model.config), model.new_cache())
+    for of_all, layer in zip(whole, found, strict=True):
+        assert layer.tokens == last * experts.used
+        assert layer.neurons == layer.tokens * model.config.d_ffn
+        assert 0.2 < layer.computed / layer.neurons < 0.6
+        assert layer.caught < layer.computed < of_all.computed
+    whole_counts = [int(ffn.activity.totals[0]) for ffn in model.ffns() if isinstance(ffn, SparseFFN)]
+    assert sum(one.computed for one in whole) == sum(whole_counts) // 2, "as the counts say, of two runs"
 
 
 def test_what_cannot_work_with_experts_says_what_can(moe: str) -> None:

@@ -107,7 +107,7 @@ def test_what_cannot_be_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "no such directory" in refused(path, str(tmp_path / "none"), capsys=capsys)
     fitted = solved_for(relu, "low_rank", tmp_path / "low")
     assert "fitted already" in refused(relu, str(fitted.path), "--sparsity", "0.5", capsys=capsys)
-    empty = Solved.open_or_create(tmp_path / "empty", load_engine(RunConfig(model=str(path), method="dense")).gguf)
+    empty = Solved.open_or_create(tmp_path / "empty", load_engine(RunConfig(model=str(path), method="dense")).file)
     assert "no predictors in it" in refused(path, str(empty.path), capsys=capsys)
     (solved.path / PREDICTOR).write_bytes(b"noise")
     assert "truncated" in refused(path, name, "--sparsity", "0.5", capsys=capsys)

@@ -64,7 +64,6 @@ MALFORMED: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "empty": (b"", ("empty",)),
     "short magic": (b"GG", ("4 bytes expected at byte 0",)),
     "wrong magic": (raw_gguf(magic=b"ABCD"), ("b'ABCD'",)),
-    "PowerInfer": (raw_gguf(magic=b"PWRI"), ("PowerInfer GGUF is not supported yet",)),
     "GGML": (raw_gguf(magic=b"lmgg"), ("GGML",)),
     "GGJT": (raw_gguf(magic=b"tjgg"), ("GGJT",)),
     "zip": (raw_gguf(magic=b"PK\3\4"), ("zip",)),

@@ -20,8 +20,9 @@ from pinfer.formats.errors import FormatError
 from pinfer.formats.huggingface.sentencepiece import read_sentencepiece
 from pinfer.formats.huggingface.tokenizer import tokenizer_metadata, write_tokenizer
 from pinfer.formats.tokenizer import Tokenizer, load_tokenizer
+from pinfer.formats.tokenizer_pre import PRE_TOKENIZERS
 from tests.hf_tokenizers import FAMILIES, sentencepiece_model
-from tests.tokenizer_vocabs import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED
+from tests.tokenizer_vocabs import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED, bpe_metadata
 
 TRICKY = json.loads((Path(__file__).parent / "data" / "tricky_strings.json").read_text(encoding="utf-8"))
 KEY = "tokenizer.ggml."
@@ -39,6 +40,9 @@ TEXTS = st.lists(
     ),
     max_size=10,
 ).map("".join)
+SPLIT = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated", "invert": False}
+CASELESS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+END = r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -184,6 +188,18 @@ class TestMetadata:
         (tmp_path / "generation_config.json").write_text('{"eos_token_id": [902, 900]}')
         assert load_tokenizer(tokenizer_metadata(tmp_path)).eog_ids == {900, 902}
 
+    def test_added_tokens_that_the_model_has_no_rows_for(self) -> None:
+        """As Gemma 3's mark for images in its text models."""
+        metadata = tokenizer_metadata(folder("qwen3"), vocab_size=903)
+        assert metadata[f"{KEY}tokens"][-1] == "<|im_end|>" and len(metadata[f"{KEY}tokens"]) == 903
+        assert "<|endoftext|>" in tokenizer_metadata(folder("gpt2"), vocab_size=901)[f"{KEY}tokens"]
+        assert f"{KEY}eos_token_id" not in tokenizer_metadata(folder("gpt2"), vocab_size=900)
+
+    def test_a_tokenizer_model_that_cannot_be_read_is_not_missed(self, tmp_path: Path) -> None:
+        FAMILIES["llama2"](tmp_path)
+        (tmp_path / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+        assert tokenizer_metadata(tmp_path) == tokenizer_metadata(folder("llama2"))
+
     def test_chat_templates(self, tmp_path: Path) -> None:
         FAMILIES["gpt2"](tmp_path)
         path = tmp_path / "tokenizer_config.json"
@@ -200,7 +216,9 @@ class TestMetadata:
 class TestBack:
     @every_family
     def test_the_same_metadata_comes_back(self, family: str, tmp_path: Path) -> None:
-        metadata = tokenizer_metadata(folder(family), vocab_size=950) | {"tokenizer.chat_template": "{{ 'é' }}"}
+        metadata = tokenizer_metadata(folder(family), vocab_size=950)
+        metadata |= {"tokenizer.chat_template": "{{ 'é' }}", "tokenizer.chat_template.tool_use": "x"}
+        metadata["tokenizer.chat_templates"] = ["tool_use"]
         write_tokenizer(tmp_path, metadata)
         again = tokenizer_metadata(tmp_path, vocab_size=950)
         scores = f"{KEY}scores"
@@ -216,6 +234,33 @@ class TestBack:
         assert again.encode(text, parse_special=True) == expected
         assert fast(text)["input_ids"] == expected
         assert auto(text)["input_ids"] == expected
+
+
+class TestPreTokenizers:
+    @pytest.mark.parametrize("name", sorted(PRE_TOKENIZERS))
+    def test_every_row_goes_out_and_comes_back(self, name: str, tmp_path: Path) -> None:
+        write_tokenizer(tmp_path, bpe_metadata(name, bos_token_id=0))
+        again = tokenizer_metadata(tmp_path)[f"{KEY}pre"]
+        there, here = PRE_TOKENIZERS[again], PRE_TOKENIZERS[name]
+        assert (there.patterns, there.ignore_merges) == (here.patterns, here.ignore_merges)
+
+    @pytest.mark.parametrize(
+        ("name", "steps"),
+        [
+            ("qwen35", [CASELESS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+" + END]),
+            ("bailingmoe", [r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"]),
+            ("llama-bpe", [CASELESS + "|[^\r\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+" + END]),
+            ("deepseek-coder", ["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", None]),
+            ("starcoder", [None]),
+        ],
+    )  # fmt: skip
+    def test_published_spellings(self, name: str, steps: list[str | None], tmp_path: Path) -> None:
+        digits = {"type": "Digits", "individual_digits": True}
+        parts = [digits if step is None else SPLIT | {"pattern": {"Regex": step}} for step in steps]
+        parts.append({"type": "ByteLevel", "add_prefix_space": False, "use_regex": name == "starcoder"})
+        FAMILIES["llama3" if PRE_TOKENIZERS[name].ignore_merges else "gpt2"](tmp_path)
+        changed(tmp_path, at("pre_tokenizer")({"type": "Sequence", "pretokenizers": parts}))
+        assert tokenizer_metadata(tmp_path)[f"{KEY}pre"] == name
 
 
 @cache
@@ -249,7 +294,6 @@ def at(*keys: Any) -> Callable[..., Callable[[dict[str, Any]], None]]:
     return to
 
 
-SPLIT = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated", "invert": False}
 WORDS = {"type": "Sequence", "pretokenizers": [SPLIT, {"type": "ByteLevel", "use_regex": False}]}
 
 
@@ -313,8 +357,8 @@ class TestRefused:
             tokenizer_metadata(tmp_path)
 
     def test_too_many_tokens_for_the_model(self) -> None:
-        with pytest.raises(FormatError, match="has 901 tokens, the model 900 rows"):
-            tokenizer_metadata(folder("gpt2"), vocab_size=900)
+        with pytest.raises(FormatError, match="has 900 tokens, the model 899 rows"):
+            tokenizer_metadata(folder("gpt2"), vocab_size=899)
 
     def test_no_tokenizer(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):

@@ -291,12 +291,39 @@ def load_or_refuse(path: Path) -> None:
         assert str(error).startswith(str(path)) and len(str(error)) < 1000
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def opt_parts() -> tuple[Keys, Shapes]:
+    """LayerNorms, learned positions, biases, and query, key and value stored as one."""
+    keys = {name.replace("llama.", "opt.").replace("_rms_", "_"): value for name, value in LLAMA_KEYS.items()}
+    block: Shapes = {"attn_qkv.weight": (24, 8), "attn_qkv.bias": (24,), "attn_output.weight": (8, 8)}
+    block |= {f"{norm}.{part}": (8,) for norm in ("attn_norm", "ffn_norm") for part in ("weight", "bias")}
+    block |= {"ffn_up.weight": (12, 8), "ffn_up.bias": (12,), "ffn_down.weight": (8, 12), "ffn_down.bias": (8,)}
+    around: Shapes = {"token_embd.weight": (5, 8), "position_embd.weight": (66, 8)}
+    around |= {"output_norm.weight": (8,), "output_norm.bias": (8,)}
+    shapes = around | {f"blk.{layer}.{name}": shape for layer in (0, 1) for name, shape in block.items()}
+    return keys | {"general.architecture": s("opt")}, shapes
+
+
+def expert_parts() -> tuple[Keys, Shapes]:
+    """Two experts, YaRN and a window."""
+    keys = LLAMA_KEYS | {"llama.expert_count": u(2), "llama.expert_used_count": u(1)}
+    keys |= {"llama.rope.scaling.type": s("yarn"), "llama.rope.scaling.factor": f(2.0)}
+    keys |= {"llama.attention.sliding_window": u(7)}
+    ffn: Shapes = {f"ffn_{part}_exps": (2, *BLOCK[f"ffn_{part}"]) for part in ("gate", "up", "down")}
+    ffn |= {"ffn_gate_inp": (2, 8)}
+    shapes = {name: shape for name, shape in LLAMA_SHAPES.items() if ".ffn_" not in name or "norm" in name}
+    return keys, shapes | {f"blk.{layer}.{name}.weight": shape for layer in (0, 1) for name, shape in ffn.items()}
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3", "opt", "experts"])
 def sound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, int]:
     """A path to overwrite, a sound file's bytes, and where its weights begin."""
     path = tmp_path_factory.mktemp("fuzz") / "m.gguf"
     keys, shapes = (LLAMA_KEYS, LLAMA_SHAPES)
-    if request.param == "gemma3":
+    if request.param == "opt":
+        keys, shapes = opt_parts()
+    elif request.param == "experts":
+        keys, shapes = expert_parts()
+    elif request.param == "gemma3":
         keys = {name: value for name, value in GEMMA3_KEYS.items() if "key_length" not in name}
         extra = {"attn_q_norm": (4,), "attn_k_norm": (4,), "post_attention_norm": (8,), "post_ffw_norm": (8,)}
         shapes = shapes | {f"blk.{i}.{name}.weight": shape for i in (0, 1) for name, shape in extra.items()}

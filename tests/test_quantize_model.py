@@ -13,9 +13,10 @@ import torch
 
 from experiments.quantization import TYPES, ours, random_weights
 from pinfer.cli.main import BAD_INPUT, FAILED, OK, run
-from pinfer.engine.quantize_model import Total, fused_tensors, quantize_model, targets
+from pinfer.engine.quantize_model import Total, quantize_model, targets
 from pinfer.formats import open_model
 from pinfer.formats.gguf_writer import Outgoing, fuse, metadata_of, stored, write_gguf
+from pinfer.formats.standard import fused_tensors
 from pinfer.formats.type_mix import Facts, tensor_type
 from pinfer.kernels.dequantize.reference import dequantize
 from pinfer.quant import BY_NAME, F16, F32, Q4_K, Q5_0, Q5_1, Q6_K, Q8_0

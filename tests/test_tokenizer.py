@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
 
 from pinfer.formats.errors import FormatError
 from pinfer.formats.tokenizer import StreamingDetokenizer, Tokenizer, load_tokenizer
+from pinfer.formats.tokenizer_bpe import WORD_START
 from pinfer.formats.tokenizer_pre import PRE_TOKENIZERS
 from tests.tokenizer_vocabs import (
     BYTE,
@@ -117,7 +119,7 @@ class TestSpmMerges:
     )
 
     @settings(max_examples=300, deadline=None)
-    @given(pieces, st.text("ab c", max_size=24))
+    @given(pieces, st.one_of(st.text("ab c", max_size=24), st.text("ab", min_size=49, max_size=70)))
     def test_as_by_brute_force(self, pieces: dict[str, float], text: str) -> None:
         tokenizer = load_tokenizer(spm_metadata(pieces))
         got = [tokenizer.token_text(i) for i in tokenizer.encode(text, add_bos=False)]
@@ -165,6 +167,36 @@ class TestBpe:
         named, unnamed = (load_tokenizer(bpe_metadata(pre)) for pre in ("default", None))
         text = "It costs $12345, or 1,000."
         assert named.encode(text) == unnamed.encode(text)
+
+
+class TestWordStarts:
+    """Texts are cut where words begin before they are split by the patterns, which must change no word."""
+
+    spaced = st.lists(
+        st.one_of(
+            st.text(alphabet=" \t\n\r\u3000aZ'é.,(日1\u0301", max_size=6),
+            st.sampled_from([" the", "\nand", "\r\nx", "    of", "'s", "\n\n  a", " 12", "\x1c a", "'ſ a"]),
+            st.text(max_size=3),
+        ),
+        max_size=10,
+    ).map("".join)
+
+    @pytest.mark.parametrize("pre", sorted(name for name, row in PRE_TOKENIZERS.items() if not row.joins_words))
+    @settings(max_examples=60, deadline=None)
+    @given(text=spaced)
+    def test_no_word_is_cut(self, pre: str, text: str) -> None:
+        splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[pre].patterns]
+        splitter = pre_tokenizers.Sequence(splits)
+        words = [word for word, _ in splitter.pre_tokenize_str(text)]
+        assert [word for part in WORD_START.split(text) for word, _ in splitter.pre_tokenize_str(part)] == words
+
+    def test_a_row_that_joins_words_is_not_cut(self) -> None:
+        for pre, count in (("exaone-moe", 1), ("gpt-2", 2)):
+            values = bpe_metadata(pre)
+            values[f"{KEY}tokens"] += ["\u0120b", "a\u0120b"]
+            values[f"{KEY}token_type"] += [NORMAL, NORMAL]
+            values[f"{KEY}merges"] += ["\u0120 b", "a \u0120b"]
+            assert len(load_tokenizer(values).encode("a b")) == count
 
 
 class TestSpecialTokens:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from pinfer.formats import ModelFile
 from pinfer.formats.model_config import model_config
+from pinfer.formats.powerinfer import is_predictor
 
+_FFN = ("ffn_gate", "ffn_up", "ffn_down", "ffn_down_t")
 WHOLE_GATE = ("exact", "gate_threshold")  # methods that compute every neuron's gate to predict with
 
 
@@ -27,7 +29,9 @@ class StepBytes:
     @classmethod
     def of(cls, file: ModelFile) -> StepBytes:
         experts = model_config(file).experts
-        matrices = {name: info.nbytes for name, info in file.tensors.items() if len(info.shape) > 1}
+        matrices = {
+            name: info.nbytes for name, info in file.tensors.items() if len(info.shape) > 1 and not is_predictor(name)
+        }
         matrices.pop("position_embd.weight", None)
         if "output.weight" in matrices:
             matrices.pop("token_embd.weight", None)
@@ -37,7 +41,7 @@ class StepBytes:
         parts = {name: name.split(".")[-2].removesuffix("_exps") for name in matrices}
         predicting = "ffn_gate" if "ffn_gate" in parts.values() else "ffn_up"
         gate = sum(size for name, size in matrices.items() if parts[name] == predicting)
-        ffn = sum(size for name, size in matrices.items() if parts[name] in ("ffn_gate", "ffn_up", "ffn_down"))
+        ffn = sum(size for name, size in matrices.items() if parts[name] in _FFN)
         return cls(sum(matrices.values()) - ffn, gate, ffn - gate)
 
     @property

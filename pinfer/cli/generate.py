@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any, cast
 
 import typer
 
 from pinfer.cli import options
-from pinfer.cli.console import emit_json, note, read_prompt, size
+from pinfer.cli.console import emit_json, note, read_prompt
+from pinfer.cli.converse import Talk, Task, converse, report, stream
 from pinfer.cli.run_report import layer_figures, report_run
 from pinfer.config import Activation, Backend, DeviceName, Method, Numa, Precision, RunConfig, SamplingConfig
-from pinfer.engine import Engine, Generation, GenerationStats, load_engine
+from pinfer.engine import Engine, Generation, load_engine
 from pinfer.engine.run_stats import RunStatistics
-
-YELLOW, RESET = "\x1b[33m", "\x1b[0m"
 
 Number = Annotated[int, typer.Option("-n", "--n-predict", help="Tokens to generate; -1: until the end of text.")]
 Context = Annotated[int | None, typer.Option("-c", "--ctx-size", help="Positions of context; 0: the model's limit.")]
@@ -56,6 +54,15 @@ PenaltyWindow = Annotated[int, typer.Option("--repeat-last-n", help="Tokens the 
 Seed = Annotated[int | None, typer.Option("-s", "--seed", help="Seed of the draws; random if left out.")]
 Stop = Annotated[list[str] | None, typer.Option("-r", "--stop", "--reverse-prompt", help="Stop at this text.")]
 Interactive = Annotated[bool, typer.Option("-i", "--interactive", help="Read prompts line by line.")]
+Chat = Annotated[
+    bool | None,
+    typer.Option("--chat/--no-chat", help="Messages of a chat, by its template; -i does so if the model has one."),
+]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option("--chat-template", help="Jinja file, or a family's name such as chatml, for the model's own."),
+]
+System = Annotated[str | None, typer.Option("--system", help="A chat's system message.")]
 NumaOption = Annotated[
     Numa, typer.Option("--numa", help="Pin threads, and take memory, over all nodes or on this one alone.")
 ]
@@ -103,6 +110,9 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of text.")] = False,
     special: options.Special = False,
     interactive: Interactive = False,
+    chat: Chat = None,
+    chat_template: ChatTemplate = None,
+    system: System = None,
     color: Annotated[bool, typer.Option("--color", help="Set the prompt apart, on a terminal.")] = False,
     display_prompt: Annotated[bool, typer.Option("--display-prompt/--no-display-prompt", help="Echo it.")] = True,
     method: MethodOption = "auto",
@@ -151,6 +161,7 @@ def generate(
     )
     if n_predict < -1:
         raise ValueError(f"-n must be -1 (until the end of text) or at least 0, not {n_predict}")
+    talk = Talk.chosen(chat, chat_template, system, special)
     if interactive and json:
         raise ValueError("--json has no meaning with -i")
     text = None if interactive and prompt is None and file is None else read_prompt(prompt, file)
@@ -162,124 +173,27 @@ def generate(
     for remark in engine.notes:
         note(remark)
     statistics = RunStatistics(engine, masses=save_stats is not None) if stats or save_stats is not None else None
-    task = _Task(engine, None if n_predict == -1 else n_predict, stop or [], ignore_eos, special, statistics)
+    task = Task(engine, None if n_predict == -1 else n_predict, stop or [], ignore_eos, special, statistics)
+    speaker = talk.speaker(task, interactive)
     if interactive:
-        _converse(task, text, color)
+        converse(speaker, text, color)
         _report_statistics(statistics, save_stats, not stats)
         return
-    generation = task.continue_from(task.encode(text or ""))
+    generation = speaker.reply(text or "")
     if json:
         for _ in generation:
             pass
         _report_statistics(statistics, save_stats, quiet=True)
         emit_json(_figures(engine, generation) | ({"layers": layer_figures(statistics.layers())} if statistics else {}))
         return
-    _stream(generation, text if display_prompt else None, color)
-    _report(generation)
+    stream(generation, text if display_prompt and speaker.continues else None, color)
+    report(generation)
     _report_statistics(statistics, save_stats, not stats)
-
-
-class _Task:
-    """What stays the same from one prompt to the next."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        max_tokens: int | None,
-        stop: list[str],
-        ignore_eos: bool,
-        special: bool,
-        statistics: RunStatistics | None,
-    ) -> None:
-        self.engine, self._statistics = engine, statistics
-        self._max_tokens, self._stop, self._ignore_eos, self._special = max_tokens, stop, ignore_eos, special
-
-    def encode(self, text: str, *, opening: bool = True) -> list[int]:
-        self.engine.check_length(text)
-        add_bos = None if opening else False
-        return self.engine.tokenizer.encode(text, add_bos=add_bos, parse_special=self._special)
-
-    def reply(self, line: str, before: Generation | None) -> Generation:
-        """What `line` leads to after an earlier generation; that is forgotten if both do not fit the context."""
-        if before is not None:
-            ids = before.prompt + before.ids + self.encode(line, opening=False)
-            if len(ids) < self.engine.model.context:
-                return self.continue_from(ids, before)
-            note("the context is full: earlier lines are forgotten (--ctx-size)")
-        ids = self.encode(line)
-        if before is not None:
-            before.forget()  # there may be no room for a second cache
-        return self.continue_from(ids, before)
-
-    def continue_from(self, ids: list[int], before: Generation | None = None) -> Generation:
-        return Generation(
-            self.engine,
-            ids,
-            before=before,
-            max_tokens=self._max_tokens,
-            sampling=self.engine.run.sampling,
-            stop=self._stop,
-            ignore_eos=self._ignore_eos,
-            statistics=self._statistics,
-        )
 
 
 def _report_statistics(statistics: RunStatistics | None, save: str | None, quiet: bool) -> None:
     if statistics is not None:
         report_run(statistics, save, quiet)
-
-
-def _stream(generation: Generation, echo: str | None, color: bool) -> None:
-    if echo is not None:
-        coloured = color and sys.stdout.isatty()
-        sys.stdout.write(f"{YELLOW}{echo}{RESET}" if coloured else echo)
-    for text in generation:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-
-
-def _converse(task: _Task, opening: str | None, color: bool) -> None:
-    """Prompts line by line until end of input, each continuing the text so far while the context lasts."""
-    before: Generation | None = None
-    coloured = color and sys.stdout.isatty()
-    line = opening
-    while True:
-        if line is None:
-            try:
-                line = input(f"{YELLOW}> {RESET}" if coloured else "> " if sys.stdin.isatty() else "")
-            except EOFError:
-                return
-            echo = None
-        else:
-            echo = line  # of -p: typed lines stand on the screen already
-        if line:
-            before = task.reply(line, before)
-            _stream(before, echo, color)
-            _report(before)
-        line = None
-
-
-def _report(generation: Generation) -> None:
-    if generation.finish_reason == "context":
-        note("stopped: the context is full (--ctx-size)")
-    for remark in generation.stats.remarks:
-        note(remark)
-    note(summary(generation.stats))
-
-
-def summary(stats: GenerationStats) -> str:
-    """The line after a generation."""
-    decode = f"decode {stats.decoded_tokens} tokens"
-    if stats.tokens_per_s:
-        decode += f" at {stats.tokens_per_s:.1f} tokens/s"
-    elif not stats.decoded_tokens:
-        decode = "nothing generated"
-    return (
-        f"prompt {stats.prompt_tokens} tokens at {stats.prefill_tokens_per_s:.1f} tokens/s | {decode} | "
-        f"density {100 * stats.density:.1f} % | peak memory {size(stats.peak_rss_bytes)}"
-    ) + (f" and {size(stats.vram_bytes)} of the GPU's" if stats.vram_bytes else "")
 
 
 def _figures(engine: Engine, generation: Generation) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""pinfer inspect: what a GGUF holds, and where its bytes lie."""
+"""pinfer inspect: what a model's file or folder holds, and where its bytes lie."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pinfer.config import ModelConfig
 from pinfer.engine import SHIPPED_MODEL
 from pinfer.formats import ModelFile, open_model
 from pinfer.formats.model_config import check_tensors, model_config
+from pinfer.formats.powerinfer import is_predictor
 
 SHOWN_ITEMS = 6
 SHOWN_CHARACTERS = 100
@@ -22,7 +23,7 @@ KV_BYTES = 4  # float32
 
 
 def inspect(
-    path: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="GGUF file.")] = None,
+    path: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="GGUF file or Hugging Face folder.")] = None,
     model: options.Model = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     json: options.Json = False,
@@ -41,6 +42,8 @@ def inspect(
 
 def _part(name: str) -> str:
     """Which share of the model a tensor belongs to."""
+    if is_predictor(name):
+        return "predictors and statistics"
     if not name.startswith("blk."):
         return "embedding and head"
     return "ffn" if ".ffn_" in name and "norm" not in name else "norms" if "norm" in name else "attention"

@@ -14,19 +14,22 @@ from safetensors.torch import load as load_safetensors
 
 from pinfer.config import Method, ModelConfig, RunConfig
 from pinfer.engine import SHIPPED_MODEL
+from pinfer.engine.embedded import embedded_solved
 from pinfer.engine.fitting import STAGE as PREDICTORS
-from pinfer.engine.fitting import kept_densities, kept_predictors
+from pinfer.engine.fitting import kept_densities, kept_predictors, mlp_predictors, predictors_for
 from pinfer.engine.load import what_to_run
 from pinfer.engine.shape import READS_ALL, READS_GATE, model_shape
 from pinfer.engine.solved import ACTIVATIONS, Solved
 from pinfer.formats import open_model
 from pinfer.formats.model_config import check_tensors, model_config
+from pinfer.formats.powerinfer import has_factors
 from pinfer.kernels.activation import ZERO_BELOW_ZERO
 from pinfer.models import build_model
 from pinfer.placement import ModelShape
 from pinfer.placement.published import PUBLISHED, Down, predictor_shape, published_shape
 from pinfer.placement.skew import measured_rates, published_rates
 from pinfer.placement.statistics import LayerStatistics, from_tensors
+from pinfer.predictors import Predictor
 from pinfer.sparsify import THRESHOLDED, resolve_method
 
 DEFAULT_TYPE, DEFAULT_SKEW, DEFAULT_DENSITY, DEFAULT_RANK = "q4_k_m", "relu-llama-70b", 0.1, 256
@@ -128,11 +131,16 @@ def _of_file(options: SubjectOptions, default_over: float) -> Subject:
     file = open_model(path)
     config = model_config(file)
     check_tensors(file, config)
-    solved = None if named is None else Solved.open(named, file)
-    predictors = densities = None
-    if named is not None and solved is not None and PREDICTORS in solved.stages:
+    config.without_experts("a plan")
+    solved = embedded_solved(file) if named is None else Solved.open(named, file)
+    densities = None
+    predictors: Sequence[Predictor] | None = None
+    if solved is not None and PREDICTORS in solved.stages:
         method, _ = what_to_run(RunConfig(model=str(path), predictor_path=named, method=options.method), config, file)
-        predictors, densities = kept_predictors(solved, build_model(file, config, 1)), kept_densities(solved)
+        if (kept := predictors_for(method, solved)) is not None:
+            predictors, densities = kept_predictors(kept, build_model(file, config, 1)), kept_densities(kept)
+    elif has_factors(file) and options.method in ("auto", "mlp"):
+        method, predictors = "mlp", mlp_predictors(file, config)
     else:
         method = _method(options, config)
     shape = model_shape(file, config, method, predictors)

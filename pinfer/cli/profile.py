@@ -47,6 +47,7 @@ def profile_command(
     """Measure which neurons fire over a text; goes on where an interrupted run stopped."""
     calibration = Text.read(text)
     engine = load_engine(RunConfig(model=model, threads=threads, activation=activation, method="dense"), note)
+    engine.config.without_experts("a profile")
     for remark in engine.notes:
         note(remark)
     sequences = cut(engine.tokenizer, calibration, tokens, engine.model.context)

@@ -15,8 +15,9 @@ from pinfer.cli.console import console, emit_json, note, printable, size
 from pinfer.cli.generate import Threads
 from pinfer.cli.progress import duration, written
 from pinfer.engine.cores import default_threads
-from pinfer.engine.quantize_model import Target, Total, fused_tensors, quantize_model, targets, totals
+from pinfer.engine.quantize_model import Target, Total, quantize_model, targets, totals
 from pinfer.formats import ModelFile, open_model
+from pinfer.formats.standard import fused_tensors
 from pinfer.formats.type_mix import FILE_TYPES, base_type
 
 WRITABLE = ", ".join(name.upper() for name in FILE_TYPES)

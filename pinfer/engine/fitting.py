@@ -13,9 +13,11 @@ from pinfer.config import Method, ModelConfig, RunConfig
 from pinfer.engine.solved import CALIBRATION, PREDICTOR, Solved
 from pinfer.engine.text import Text, cut, walk_settings
 from pinfer.ffn import DenseFFN
+from pinfer.formats import ModelFile
+from pinfer.formats.powerinfer import factors, sparse_threshold
 from pinfer.formats.tokenizer import Tokenizer
 from pinfer.models import Transformer
-from pinfer.predictors import GateOf, LowRankSettings, Packed, Predictor, pack, unpack
+from pinfer.predictors import MLP, GateOf, LowRankSettings, Packed, Predictor, pack, unpack
 from pinfer.sparsify import (
     LEAST_SEQUENCES,
     SPARSITY_NEEDED,
@@ -133,6 +135,12 @@ def kept_predictors(solved: Solved, model: Transformer) -> list[Predictor]:
         raise ValueError(f"{solved.path / PREDICTOR}: {problem}") from problem
 
 
+def mlp_predictors(file: ModelFile, config: ModelConfig) -> list[MLP]:
+    """The predictors that a file has of PowerInfer's form, one a layer, as views of it."""
+    at_least = sparse_threshold(file)
+    return [MLP(*factors(file, layer), at_least) for layer in range(config.n_layers)]
+
+
 def kept_method(solved: Solved, asked: Method) -> Method:
     """The method of a solved directory's predictors; ValueError if there are none or another was asked for."""
     if STAGE not in solved.stages:
@@ -141,6 +149,12 @@ def kept_method(solved: Solved, asked: Method) -> Method:
     if asked not in ("auto", method):
         raise ValueError(f"{solved.path}: its predictors are for method {method}, not {asked}")
     return method
+
+
+def predictors_for(method: Method, solved: Solved) -> Solved | None:
+    """The same directory if its predictors are for that method."""
+    made_for = solved.stages[STAGE].settings.get("method") if STAGE in solved.stages else None
+    return solved if made_for == method else None
 
 
 def check_activation(solved: Solved, config: ModelConfig) -> None:

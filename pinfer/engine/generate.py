@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import sys
 import time
@@ -138,6 +139,17 @@ class Generation:
         """Empty the cache: any prompt may go on from this generation, in the memory that it has. ValueError as above."""
         self._check_over()
         self._cache.length = 0
+
+    def rewind(self, prompt: Sequence[int]) -> int:
+        """Keep of the cache what `prompt` begins with, so that it may go on from here; returns so many tokens.
+
+        At least the last token of `prompt` is left to compute. ValueError as above.
+        """
+        self._check_over()
+        held = (self.prompt + self.ids)[: self._cache.length]
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(held, prompt[:-1], strict=False))
+        self._cache.length = sum(1 for _ in same)
+        return self._cache.length
 
     def _check_over(self) -> None:
         if self._state == "running":

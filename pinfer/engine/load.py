@@ -13,6 +13,7 @@ import torch
 from pinfer.config import Method, ModelConfig, RunConfig
 from pinfer.engine.cores import cold_places, default_threads, place_threads, read_topology
 from pinfer.engine.devices import NO_CUDA, Device, device_for
+from pinfer.engine.embedded import embedded_solved
 from pinfer.engine.fitting import (
     STAGE,
     FitSettings,
@@ -23,6 +24,8 @@ from pinfer.engine.fitting import (
     kept_densities,
     kept_method,
     kept_predictors,
+    mlp_predictors,
+    predictors_for,
     sequences_to_fit_on,
 )
 from pinfer.engine.hardware import read_machine
@@ -36,11 +39,13 @@ from pinfer.engine.step_down import Find, MemoryRanOut, within_memory
 from pinfer.engine.text import ASSETS, Text
 from pinfer.formats import ModelFile, open_model
 from pinfer.formats.model_config import check_tensors, model_config
+from pinfer.formats.powerinfer import has_factors
 from pinfer.formats.tokenizer import Tokenizer, load_tokenizer
 from pinfer.kernels.cpp import core_problem
 from pinfer.kernels.planes import repack
 from pinfer.kernels.registry import backend_on, check_backend, use_backend, use_int8
 from pinfer.models import Transformer, build_model, replace_weights
+from pinfer.neuron_major_ffn import turn_down, turned_error
 from pinfer.overlap import Lane, Place
 from pinfer.placement import Plan
 from pinfer.placement.memory import check_plan
@@ -164,11 +169,13 @@ def _made(engine: Engine, prepared: Prepared, solved: Solved | None, find: Find)
     on_cpu = run.backend == "cpu" or engine.config.experts is not None
     wanted = "cpu" if run.device == "auto" and on_cpu else run.device
     device = device_for(wanted, None if run.gpu_memory_gb is None else round(GB * run.gpu_memory_gb))
+    if engine.method == "dense":
+        turn_down(model)
     predictors = _predictors(engine, prepared, solved)
     if device is None:
         if run.plan is not None:  # it may be meant for another model, and would be refused where there is a GPU
             shape = model_shape(engine.file, engine.config, engine.method, predictors.fitted)
-            check_plan(shape, runnable(read_plan(run.plan)))
+            check_plan(shape, runnable(read_plan(run.plan, shape)))
         plan = Plan.uniform(engine.config.n_layers, engine.config.d_ffn, run.cold_fraction)
         _make_sparse(engine, prepared, predictors, plan if run.cold_fraction else None)
         _lay_out(model)
@@ -241,18 +248,37 @@ def _check_experts(run: RunConfig, config: ModelConfig) -> None:
 
 
 def what_to_run(run: RunConfig, config: ModelConfig, file: ModelFile) -> tuple[Method, Solved | None]:
-    """The run's method for this model, and the solved directory that its predictors come from, if one is named.
+    """The run's method for this model, and the solved directory that is named, or that the file carries, if there is one.
 
-    ValueError for a method or a directory that does not fit the model or the run's other settings.
+    Its predictors are used where they are for that method (`predictors_for`). ValueError for a method or a directory
+    that does not fit the model or the run's other settings.
     """
-    if run.predictor_path is None:
-        return resolve_method(run.method, config, run.sparsity), None
-    solved = Solved.open(run.predictor_path, file)
+    carried = embedded_solved(file) if run.predictor_path is None else None
+    solved = carried if run.predictor_path is None else Solved.open(run.predictor_path, file)
+    if solved is None or (carried is not None and run.method != "auto" and predictors_for(run.method, carried) is None):
+        return _own_method(run, config, file), solved
+    if carried is not None and STAGE not in carried.stages:
+        return _own_method(run, config, file), carried
     method = kept_method(solved, run.method)
     check_activation(solved, config)
     if run.sparsity is not None and method not in THRESHOLDED:
         raise ValueError(f"sparsity {run.sparsity:g} has no meaning for {method} predictors that are fitted already")
     return method, solved
+
+
+def _own_method(run: RunConfig, config: ModelConfig, file: ModelFile) -> Method:
+    """The method of a run without a directory: a file with predictors of its own is run by them, unless told otherwise."""
+    if run.method not in ("auto", "mlp") or (run.method == "auto" and run.sparsity is not None):
+        return resolve_method(run.method, config, run.sparsity)
+    if has_factors(file):
+        if run.sparsity is not None:
+            raise ValueError(f"sparsity {run.sparsity:g} has no meaning for method mlp, whose threshold is the file's")
+        return "mlp"
+    if run.method == "mlp":
+        raise ValueError(
+            f"{file.path}: method mlp needs a file with predictors (blk.N.fc1, blk.N.fc2), as PowerInfer's"
+        )
+    return resolve_method(run.method, config, run.sparsity)
 
 
 def _context(asked: int | None, config: ModelConfig) -> int:
@@ -266,6 +292,8 @@ def _notes(engine: Engine, solved: Solved | None) -> Iterator[str]:
         yield "a mixture of experts is computed on the CPU"
     if engine.run.backend == "auto" and (problem := core_problem()):
         yield f"the slower torch reference computes: {problem}"
+    if error := turned_error(engine.model):
+        yield f"down was requantised to Q8_0 for the dense path, at {100 * error:.2g} % of its weights' RMS"
     if error := down_error(engine.model):
         yield f"down was requantised to Q8_0 for the sparse path, at {100 * error:.2g} % of its weights' RMS"
     if error := input_error(engine.model):
@@ -274,7 +302,8 @@ def _notes(engine: Engine, solved: Solved | None) -> Iterator[str]:
         recalls, densities, active = (
             [getattr(layer, name) for layer in qualities] for name in ("recall", "density", "active")
         )
-        recall = engine.run.recall if solved is None else solved.stages[STAGE].settings.get("recall")
+        kept = None if solved is None else predictors_for(engine.method, solved)
+        recall = engine.run.recall if kept is None else kept.stages[STAGE].settings.get("recall")
         asked = "" if recall is None else f"asked {100 * recall:g} %, "  # trained ones are not asked for any
         yield (
             f"{engine.method} catches {100 * sum(recalls) / len(recalls):.1f} % of active neurons "
@@ -317,17 +346,20 @@ def _predictors(engine: Engine, prepared: Prepared, solved: Solved | None) -> _P
     if engine.method == "exact":
         return _Predictors(exact_predictors)
     densities = None
-    if solved is None:
+    kept = None if solved is None else predictors_for(engine.method, solved)
+    if engine.method == "mlp":
+        fitted: Sequence[Predictor] = mlp_predictors(engine.file, engine.config)
+    elif kept is None:
         fitted = _fitted(engine, prepared)
     else:
-        fitted, densities = kept_predictors(solved, engine.model), kept_densities(solved)
+        fitted, densities = kept_predictors(kept, engine.model), kept_densities(kept)
     if engine.run.sparsity is not None and engine.method in THRESHOLDED:
         densities = [1 - engine.run.sparsity] * len(fitted)
     if densities is not None:
         fitted = [one.at_density(density) for one, density in zip(fitted, densities, strict=True)]
     elif engine.method in THRESHOLDED:
-        assert solved is not None  # `resolve_method` asks for a sparsity
-        raise ValueError(f"{solved.path}: its predictors were never calibrated: give a sparsity, or run pinfer solve")
+        assert kept is not None  # `resolve_method` asks for a sparsity
+        raise ValueError(f"{kept.path}: its predictors were never calibrated: give a sparsity, or run pinfer solve")
     return _Predictors(fitted_predictors(fitted), fitted, densities)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from pinfer.engine.generate import peak_rss_bytes
 from pinfer.engine.load import Engine
 from pinfer.ffn import DenseFFN
-from pinfer.formats.pages import release_pages
+from pinfer.formats.pages import release_tensor
 from pinfer.kernels.norms import column_norms
 from pinfer.kernels.ops import quant_matmul
 from pinfer.models import LayerWalk
@@ -151,7 +151,7 @@ def release_layer(engine: Engine, layer: int) -> None:
     """Let go of the pages of a layer's matrices."""
     for name, info in engine.file.tensors.items():
         if name.startswith(f"blk.{layer}.") and len(info.shape) == 2:
-            release_pages(engine.file.tensor(name))
+            release_tensor(engine.file, name)
 
 
 def layer_bytes(engine: Engine, layer: int) -> int:

@@ -21,6 +21,7 @@ from pinfer.engine.place import runnable
 from pinfer.engine.rates import kept_rates
 from pinfer.engine.shape import READS_ALL
 from pinfer.engine.solved import ACTIVATIONS, PLAN, Solved
+from pinfer.formats.powerinfer import is_gpu_index, read_gpu_index
 from pinfer.placement import Hardware, LayerPlan, ModelShape, Plan
 from pinfer.placement.memory import Memory, Reserves, check_plan, memory
 from pinfer.placement.named import DERATED, find_card, named_hardware
@@ -130,7 +131,7 @@ class Placer:
     def _given(self, limit: int | None) -> tuple[Plan | None, str]:
         """The plan of --plan, or the directory's unless it was made for another budget than the one there is."""
         if self.run.plan is not None:
-            plan = read_plan(self.run.plan)
+            plan = read_plan(self.run.plan, self.shape)
             if self.method in READS_ALL and any(0 < layer.n_hot < layer.hot.numel() for layer in plan.layers):
                 raise ValueError(f"--plan {self.run.plan} splits neurons, which the {self.method} method does not name")
             return plan, f"plan {self.run.plan}"
@@ -235,8 +236,13 @@ def _without(plan: Plan, first: int) -> Plan:
     return replace(plan, layers=layers, head="cpu" if first == len(layers) else plan.head)
 
 
-def read_plan(path: str) -> Plan:
-    """The plan of a JSON file, as `pinfer plan -o` writes it. ValueError for a file that holds none."""
+def read_plan(path: str, shape: ModelShape | None = None) -> Plan:
+    """The plan of a JSON file, as `pinfer plan -o` writes it, or of PowerInfer's split, of a model of that shape if it is given.
+
+    ValueError for a file that holds none.
+    """
+    if is_gpu_index(Path(path)):
+        return _of_gpu_index(Path(path), shape)
     try:
         content: Any = json.loads(Path(path).read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as problem:
@@ -247,6 +253,12 @@ def read_plan(path: str) -> Plan:
         return Plan.from_plain(content)
     except ValueError as problem:
         raise ValueError(f"{path}: {problem}") from problem
+
+
+def _of_gpu_index(path: Path, shape: ModelShape | None) -> Plan:
+    """Its hot neurons, beside attention and head on the GPU, which PowerInfer places before any neuron."""
+    hot = read_gpu_index(path, None if shape is None else [layer.n_neurons for layer in shape.layers])
+    return Plan(tuple(LayerPlan("gpu", layer) for layer in hot))
 
 
 def mean_density(densities: Sequence[float] | None) -> float | None:

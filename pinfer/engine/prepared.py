@@ -41,6 +41,7 @@ from pinfer.files import temporary
 from pinfer.formats import ModelFile
 from pinfer.formats.gguf import GGUFFile
 from pinfer.formats.pages import release_pages
+from pinfer.formats.powerinfer import down_rows
 from pinfer.input_sparse_ffn import InputMajorWeights
 from pinfer.kernels.cpp.build import cache_folder
 from pinfer.kernels.transpose import transpose_weights
@@ -79,8 +80,10 @@ class Prepared:
     def downs(self) -> DownMaker:
         """Each FFN's transposed `down`, by its number in `Transformer.ffns`.
 
-        Mapped from its file, which is written if need be, or made in memory.
+        The model's own rows, or mapped from a file, which is written if need be, or made in memory.
         """
+        if self._file.has(down_rows(0)):
+            return lambda layer, _: (self._file.tensor(down_rows(layer)), 0.0)
         if not self._kept:
             return self._transposed
         suffix = ".pinfer-down.gguf"
@@ -92,7 +95,7 @@ class Prepared:
                 self.notes.append(f"the transposed down is not kept and stays in memory: {_said(problem)}")
                 return self._transposed
         for number in range(self._n_ffns):  # calibration may have read them
-            release_pages(self._source(number))
+            self.release(self._source(number))
         return found
 
     def release(self, weight: QuantTensor) -> None:
@@ -189,9 +192,7 @@ class Prepared:
         if experts is None:
             return self._file.tensor(f"blk.{number}.ffn_{matrix}.weight")
         layer, expert = divmod(number, experts.count)
-        stack = self._file.tensor(f"blk.{layer}.ffn_{matrix}_exps.weight")
-        rows = stack.rows // experts.count
-        return stack[expert * rows : (expert + 1) * rows]
+        return self._file.expert(f"blk.{layer}.ffn_{matrix}_exps.weight", expert)
 
     def _turned(self, number: int) -> str:
         experts = self._config.experts
@@ -205,7 +206,7 @@ class Prepared:
         layer = number * self._config.n_layers // self._n_ffns + 1
         self.progress(f"transposing {matrix}, layer {layer} of {self._config.n_layers}")
         turned = transpose_weights(self._source(number, matrix))
-        release_pages(self._source(number, matrix))
+        self.release(self._source(number, matrix))
         return turned
 
     def _downs_bytes(self) -> int:

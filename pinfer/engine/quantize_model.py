@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 
 from pinfer.formats import ModelFile
-from pinfer.formats.fused import fused_groups
 from pinfer.formats.gguf_writer import Outgoing, fuse, metadata_of, stored, write_gguf
 from pinfer.formats.pages import is_mapped, release_pages
 from pinfer.formats.type_mix import (
@@ -103,17 +102,6 @@ class Total:
             self.squared_error + other.squared_error,
             self.squared + other.squared,
         )
-
-
-def fused_tensors(file: ModelFile) -> dict[str, tuple[str, ...]]:
-    """The tensors that files of this architecture have as one: name, and its parts in the order of their rows."""
-    found = {}
-    for layer in range(file.get(f"{file.architecture}.block_count", int)):
-        for whole, parts in fused_groups(file.architecture).items():
-            for ending in (".weight", ".bias"):
-                if file.has(parts[0].format(layer) + ending):
-                    found[whole.format(layer) + ending] = tuple(part.format(layer) + ending for part in parts)
-    return found
 
 
 def targets(file: ModelFile, type_name: str, fused: Fused | None = None) -> list[Target]:

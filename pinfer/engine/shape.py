@@ -11,7 +11,7 @@ from pinfer.formats import ModelFile
 from pinfer.kernels.transpose import transposed_type
 from pinfer.placement import LayerShape, ModelShape
 from pinfer.placement.shape import FLOAT_BYTES, row_bytes
-from pinfer.predictors import LowRank, Predictor, SignBits, WeightedThreshold
+from pinfer.predictors import MLP, LowRank, Predictor, SignBits, WeightedThreshold
 from pinfer.quant import F16, Q5_0, Layout, QuantTensor
 
 READS_ALL: tuple[Method, ...] = ("dense", "input_threshold")  # no neuron is split off, or skipped as a whole
@@ -43,7 +43,7 @@ def model_shape(
     and values, which is what a cache reserves. ValueError where predictors are missing, and for a model with experts.
     """
     config.without_experts("a plan")
-    if predictors is None and method in ("low_rank", "sign_bits"):
+    if predictors is None and method in ("low_rank", "sign_bits", "mlp"):
         raise ValueError(f"the size of {method} predictors is not known before they are made: name a solved directory")
 
     def layer(number: int, layout: Layout) -> LayerShape:
@@ -109,14 +109,17 @@ def _ffn_rows(
     the gate counts with it.
     """
     names = [f"{prefix}ffn_{name}.weight" for name in (("gate", "up") if config.gated else ("up",))]
-    down, n, d = file.info(f"{prefix}ffn_down.weight").type, config.d_ffn, config.d_model
-    turned = transposed_type(down, d)
+    n, d = config.d_ffn, config.d_model
+    by_neuron = file.has(f"{prefix}ffn_down_t.weight")
+    down = file.info(f"{prefix}ffn_down{'_t' if by_neuron else ''}.weight").type
+    turned = down if by_neuron else transposed_type(down, d)
     biases = _optional_bytes(file, names[0].replace(".weight", ".bias"))
     if method not in READS_ALL:
         rows = [row_bytes(file.info(name).type, d, layout) for name in names]
         return rows[0] + biases // n, sum(rows[1:]) + row_bytes(turned, d, layout), 0
     if method == "dense":
-        whole = [_matrix_bytes(file, name, layout) for name in (*names, f"{prefix}ffn_down.weight")]
+        stored = transposed_type(down, n) if by_neuron else down
+        whole = [*(_matrix_bytes(file, name, layout) for name in names), d * row_bytes(stored, n, layout)]
     else:
         by_input = [d * row_bytes(transposed_type(file.info(name).type, n), n, layout) for name in names]
         whole = [*by_input, n * row_bytes(turned, d, layout)]
@@ -144,7 +147,7 @@ def _measured(predictor: Predictor, layout: Layout) -> PredictorBytes:
     shared = 0 if vectors else FLOAT_BYTES
     matrix = predictor.compensation
     compensation = 0 if matrix is None else _weight_bytes(matrix, layout)
-    if isinstance(predictor, LowRank):
+    if isinstance(predictor, (LowRank, MLP)):
         row = row_bytes(predictor.second.type, predictor.second.columns, layout)
         return PredictorBytes(row + vectors, _weight_bytes(predictor.first, layout) + shared, compensation, True)
     if isinstance(predictor, SignBits):
@@ -173,4 +176,4 @@ def _optional_bytes(file: ModelFile, name: str) -> int:
 
 
 def _is_ffn(name: str) -> bool:
-    return name.split(".")[-2] in ("ffn_gate", "ffn_up", "ffn_down")
+    return name.split(".")[-2] in ("ffn_gate", "ffn_up", "ffn_down", "ffn_down_t", "fc1", "fc2")

@@ -1,16 +1,20 @@
-"""What models are stored in: GGUF files and Hugging Face folders, read through one interface (`ModelFile`)."""
+"""What models are stored in: GGUF files, PowerInfer's among them, and Hugging Face folders, read through one interface (`ModelFile`)."""
 
 from pathlib import Path
 
 from pinfer.formats.gguf import GGUFFile
 from pinfer.formats.huggingface.folder import CONFIG, HFFolder
 from pinfer.formats.model_file import ModelFile, TensorInfo
+from pinfer.formats.powerinfer import NeuronMajorFile, is_neuron_major
 
 
 def open_model(path: str | Path) -> ModelFile:
     """The model at `path`, by what lies there. Raises FileNotFoundError, and FormatError for what is no sound model."""
     path = Path(path)
-    return HFFolder.open(path) if path.is_dir() or path.name == CONFIG else GGUFFile.open(path)
+    if path.is_dir() or path.name == CONFIG:
+        return HFFolder.open(path)
+    file = GGUFFile.open(path)
+    return NeuronMajorFile(file) if is_neuron_major(file) else file
 
 
 __all__ = ["ModelFile", "TensorInfo", "open_model"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from pinfer.formats.errors import FormatError, shown
 from pinfer.formats.fused import split_fused
-from pinfer.formats.gguf_header import MAX_TENSORS, Header, TensorEntry, read_header
+from pinfer.formats.gguf_header import MAGIC, MAX_TENSORS, POWERINFER_MAGIC, Header, TensorEntry, read_header
 from pinfer.formats.model_file import ModelFile, Part, TensorInfo, map_file
 from pinfer.quant import BY_ID, QUANT_TYPES
 
@@ -45,7 +45,7 @@ class GGUFFile(ModelFile):
         """
         path = Path(path)
         file = map_file(path)
-        header = read_header(file, path)
+        header = read_header(file, path, (MAGIC, POWERINFER_MAGIC))
         if header.metadata.get("split.count", 0) not in (0, 1):
             first, parts, found = _open_split(path, header)
         else:

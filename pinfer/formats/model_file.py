@@ -23,6 +23,8 @@ from pinfer.quant import BF16, F16, F32, QuantTensor, QuantType
 
 FLOAT_DTYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 
+MADE = -1  # the part of a tensor that no part holds, made whenever it is asked for
+
 T = TypeVar("T")
 D = TypeVar("D")
 _REQUIRED: Any = object()
@@ -30,7 +32,10 @@ _REQUIRED: Any = object()
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `shape` slowest first (`[rows, columns]`), `offset` from the start of the part it is in."""
+    """Where one tensor lies: `shape` slowest first (`[rows, columns]`), `offset` from the start of the part it is in.
+
+    One that a folder's tensors are rearranged for lies nowhere: its part is MADE, its offset 0.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -45,7 +50,12 @@ class TensorInfo:
 
 
 class Part:
-    """One file on the disk, mapped read-only: `data` uint8 [bytes] is all of it. A model has one or several."""
+    """One file on the disk, mapped read-only: `data` uint8 [bytes] is all of it. A model has one or several.
+
+    `header_bytes` is where its weights begin, None where its tensors tell.
+    """
+
+    header_bytes: int | None = None
 
     def __init__(self, path: Path, file: mmap.mmap) -> None:
         self.path, self.data = path, _as_tensor(file)
@@ -154,6 +164,13 @@ class ModelFile(ABC):
             raise self.error(f"tensor {shown(name)} has shape {list(info.shape)}, which is no matrix")
         blocks = self._bytes(info).view(-1, info.type.row_bytes(info.columns))
         return QuantTensor(blocks, info.type, info.columns)
+
+    def expert(self, name: str, number: int) -> QuantTensor:
+        """One matrix `[rows, columns]` of the stack `name`, as a view of the file."""
+        info, stack = self.info(name), self.tensor(name)
+        if len(info.shape) != 3 or not 0 <= number < info.shape[0]:
+            raise self.error(f"tensor {shown(name)} {list(info.shape)} has no matrix {number}")
+        return stack[number * info.shape[1] : (number + 1) * info.shape[1]]
 
     def vector(self, name: str) -> torch.Tensor:
         """The vector `name` as a float32 copy `[n]`; FormatError unless it is F32, F16 or BF16 and finite."""

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from pinfer.formats.model_file import ModelFile
+from pinfer.formats.model_file import MADE, ModelFile
 from pinfer.quant import QuantTensor
 
 MADV_DONTNEED = 4  # of Linux
@@ -28,6 +28,13 @@ def release_bytes(mapped: torch.Tensor) -> None:
     length = (address + mapped.nbytes - start) // page * page
     if length > 0:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(MADV_DONTNEED))
+
+
+def release_tensor(file: ModelFile, name: str) -> None:
+    """Let go of the pages behind a tensor of a file; one that the file makes when it is asked for has none."""
+    info = file.info(name)
+    if info.part != MADE:
+        release_bytes(file.parts[info.part].data[info.offset : info.offset + info.nbytes])
 
 
 def is_mapped(blocks: torch.Tensor, file: ModelFile) -> bool:

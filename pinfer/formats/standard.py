@@ -42,15 +42,18 @@ def standard_metadata(file: ModelFile, kind: QuantType | None) -> dict[str, Any]
 def standard_tensors(file: ModelFile, kind: QuantType | None, dequantize: Dequantize) -> list[Outgoing]:
     """The tensors of a GGUF file, those that llama.cpp has fused joined."""
     found = [_outgoing(file, name, kind, dequantize) for name in file.tensors]
-    groups = fused_groups(file.architecture)
-    n_layers = file.get(f"{file.architecture}.block_count", int)
-    fused = {
-        f"{whole.format(layer)}.{suffix}": [f"{part.format(layer)}.{suffix}" for part in parts]
-        for layer in range(n_layers)
-        for whole, parts in groups.items()
-        for suffix in ("weight", "bias")
-    }
-    return fuse(found, fused)
+    return fuse(found, fused_tensors(file))
+
+
+def fused_tensors(file: ModelFile) -> dict[str, tuple[str, ...]]:
+    """The tensors that files of this architecture have as one: name, and its parts in the order of their rows."""
+    found = {}
+    for layer in range(file.get(f"{file.architecture}.block_count", int)):
+        for whole, parts in fused_groups(file.architecture).items():
+            for ending in (".weight", ".bias"):
+                if file.has(parts[0].format(layer) + ending):
+                    found[whole.format(layer) + ending] = tuple(part.format(layer) + ending for part in parts)
+    return found
 
 
 def _outgoing(file: ModelFile, name: str, kind: QuantType | None, dequantize: Dequantize) -> Outgoing:

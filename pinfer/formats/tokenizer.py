@@ -36,6 +36,8 @@ class Tokenizer:
 
     `add_bos` and `add_eos` say what the model wants around a text; `encode` follows the former,
     the latter is for whoever builds training or embedding inputs. `eog_ids` end a generation.
+    `control_tokens` are ids by text; `named_tokens` are the texts behind the names that chat
+    templates use (bos_token, eos_token, unk_token).
     """
 
     def __init__(
@@ -50,10 +52,13 @@ class Tokenizer:
         self.eog_ids = vocabulary.eog_ids
         self.add_bos = settings.add_bos
         self.add_eos = settings.add_eos
-        self.chat_template = settings.chat_template
+        self.chat_templates = settings.chat_templates
+        self.chat_template = settings.chat_templates.get("")
         self._nfc = settings.nfc
         self._prefix_inside = settings.space_prefix != "first"
         self._tokens = vocabulary.tokens
+        self.control_tokens = {self._tokens[i]: i for i in vocabulary.ids_of_type(TokenType.CONTROL)}
+        self.named_tokens = _named_tokens(vocabulary)
         self._model = model
         self._detokenizer = detokenizer
         user_defined = vocabulary.ids_of_type(TokenType.USER_DEFINED)
@@ -82,8 +87,29 @@ class Tokenizer:
                 raise ValueError("add_bos was asked for, but this model has no BOS token")
             ids.append(self.bos_id)
         splitter = self._split_special if parse_special else self._split_added
+        return ids + self._encode_parts(splitter.split(text))
+
+    def encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
+        """The ids of texts that follow each other: (text, True) is one control token, (text, False) holds none.
+
+        No BOS is added. ValueError for a control token that the vocabulary lacks.
+        """
+        parts: list[int | str] = []
+        for text, control in pieces:
+            if not control:
+                _check_unicode(text)
+                parts.extend(self._split_added.split(text))
+            elif text in self.control_tokens:
+                parts.append(self.control_tokens[text])
+            else:
+                raise ValueError(f"{shown(text)} is no control token of this vocabulary")
+        return self._encode_parts(self._split_special.stripped(parts))
+
+    def _encode_parts(self, parts: Iterable[int | str]) -> list[int]:
+        """Ids as they are, and the stretches between them encoded."""
+        ids: list[int] = []
         at_start = True
-        for part in splitter.split(text):
+        for part in parts:
             if isinstance(part, int):
                 ids.append(part)
             else:
@@ -132,6 +158,11 @@ def load_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
         pre = find_pre_tokenizer(read_value(metadata, "pre", str))
         model = BpeModel(vocabulary, read_strings(metadata, "merges"), pre)
     return Tokenizer(vocabulary, model, Detokenizer(vocabulary, settings.space_prefix), settings)
+
+
+def _named_tokens(vocabulary: Vocabulary) -> dict[str, str]:
+    ids = {"bos_token": vocabulary.bos_id, "eos_token": vocabulary.eos_id, "unk_token": vocabulary.unk_id}
+    return {name: vocabulary.tokens[i] for name, i in ids.items() if i is not None}
 
 
 def _check_unicode(text: str) -> None:

@@ -6,6 +6,7 @@ pre-tokenizer splits the text into the words that merges stay within.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -23,6 +24,12 @@ def _stand_ins() -> list[str]:
 
 
 BYTE_TO_CHAR = _stand_ins()
+# Words begin there in every row of tokenizer_pre.py but those that `joins_words`: a space before a
+# letter goes with it, and a single newline ends what is before it. Parts repeat, and looking one
+# up is five times as fast as splitting it by the patterns.
+WORD_START = re.compile(r"(?= [A-Za-z])|(?<=\S\n)(?=[A-Za-z])")
+_CACHED_PARTS = 1 << 16
+_CACHED_LENGTH = 64
 CHAR_TO_BYTE = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
 
 
@@ -44,11 +51,29 @@ class BpeModel:
         ids |= {text: token_id for token_id, text in self._spelled.items()}
         self._tokenizer = Tokenizer(models.BPE(ids, pairs, ignore_merges=pre.ignore_merges))
         splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
+        self._cut = None if pre.joins_words else WORD_START
+        self._cache: dict[str, list[int]] = {}
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
 
     def encode(self, text: str, at_start: bool) -> list[int]:
         """The ids of `text`; byte-level BPE does not care where it stands (`at_start`)."""
+        ids: list[int] = []
+        cache = self._cache
+        for part in self._cut.split(text) if self._cut else [text]:
+            cached = cache.get(part)
+            ids.extend(self._encode_part(part) if cached is None else cached)
+        return ids
+
+    def _encode_part(self, part: str) -> list[int]:
+        ids = self._encode_words(part)
+        if len(part) <= _CACHED_LENGTH:
+            if len(self._cache) >= _CACHED_PARTS:
+                self._cache.clear()
+            self._cache[part] = ids
+        return ids
+
+    def _encode_words(self, text: str) -> list[int]:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         if not self._spelled or max(ids, default=0) < self._size:
             return ids

@@ -87,11 +87,15 @@ _DEEPSEEK_V3 = (
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """One way to split: `patterns` in order; `ignore_merges` takes a word that is a token whole."""
+    """One way to split: `patterns` in order; `ignore_merges` takes a word that is a token whole.
+
+    joins_words: a word may hold spaces between letters.
+    """
 
     patterns: tuple[str, ...]
     ignore_merges: bool = False
     add_bos: bool = False
+    joins_words: bool = False
 
 
 def _rows() -> dict[str, PreTokenizer]:
@@ -118,7 +122,7 @@ def _rows() -> dict[str, PreTokenizer]:
         PreTokenizer((_GPT4O,)): "gpt-4o llama4 kanana2 talkie minimax-m2",
         PreTokenizer((_BAILING,)): "bailingmoe bailingmoe2 llada-moe",
         PreTokenizer((_SEED,)): "seed-coder",
-        PreTokenizer((_EXAONE_MOE,)): "exaone-moe",
+        PreTokenizer((_EXAONE_MOE,), joins_words=True): "exaone-moe",
         PreTokenizer((r"\p{N}{1,3}", _modern(r"\p{N}+")), ignore_merges=True): "minicpm5",
         PreTokenizer((_modern(r"\p{N}{1,3}", spaces=_JAIS2_SPACES),)): "jais-2",
         PreTokenizer((_modern(r"\p{N}", contraction=""),)): "ufakzeka",

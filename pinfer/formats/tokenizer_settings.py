@@ -17,6 +17,7 @@ SpacePrefix = Literal["always", "first", "never"]
 class TokenizerSettings:
     """How one model's texts are prepared.
 
+    chat_templates: by name, the one to use under "".
     space_prefix: "always" puts a space before text that starts a prompt or follows a special
                   token, "first" before the start of a text alone.
     nfc:          texts are composed (Unicode's form C) before anything else.
@@ -25,7 +26,7 @@ class TokenizerSettings:
 
     add_bos: bool
     add_eos: bool
-    chat_template: str | None
+    chat_templates: dict[str, str]
     space_prefix: SpacePrefix
     nfc: bool
     lstrip_ids: frozenset[int]
@@ -42,7 +43,7 @@ def read_settings(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> Tokeni
     return TokenizerSettings(
         add_bos=_add_bos(metadata, vocabulary, default_bos),
         add_eos=_flag(metadata, "add_eos_token", False),
-        chat_template=_chat_template(metadata),
+        chat_templates=_chat_templates(metadata),
         space_prefix=("first" if first else "always") if prefixes else "never",
         nfc=normalizer is not None,
         lstrip_ids=frozenset(_ids(metadata, "lstrip_ids", vocabulary, [])),
@@ -63,11 +64,15 @@ def _add_bos(metadata: Mapping[str, Any], vocabulary: Vocabulary, default: bool)
     return _flag(metadata, "add_bos_token", default) and vocabulary.bos_id is not None
 
 
-def _chat_template(metadata: Mapping[str, Any]) -> str | None:
-    template = metadata.get("tokenizer.chat_template")
-    if template is None or isinstance(template, str):
-        return template
-    raise FormatError(f"tokenizer.chat_template is {shown(str(template))}, not a string")
+def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+    key = "tokenizer.chat_template"
+    names = {
+        name: name.removeprefix(key).removeprefix(".") for name in metadata if name == key or name.startswith(key + ".")
+    }
+    for name in names:
+        if not isinstance(metadata[name], str):
+            raise FormatError(f"{name} is {shown(str(metadata[name]))}, not a string")
+    return {short: metadata[name] for name, short in names.items()}
 
 
 def _choice(metadata: Mapping[str, Any], name: str, known: tuple[str, ...]) -> str | None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 _LONG = 64  # characters; no special token of a real vocabulary is longer
 # A cut-out token is marked by two lone surrogates, which no text can hold.
 _MARK = re.compile("([\ud800-\udbff][\udc00-\udfff])")
 
-_WHITE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+_WHITE_CHARS = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+_WHITE = f"[{_WHITE_CHARS}]"
 
 
 class SpecialSplitter:
@@ -55,6 +56,19 @@ class SpecialSplitter:
             elif part:
                 parts.append(part)
         return parts
+
+    def stripped(self, parts: Sequence[str | int]) -> list[str | int]:
+        """`parts` as `split` gives them, with the white space gone that their tokens swallow."""
+        kept: list[str | int] = []
+        for index, part in enumerate(parts):
+            if isinstance(part, str):
+                if index and parts[index - 1] in self._strip_after:
+                    part = part.lstrip(_WHITE_CHARS)
+                if index + 1 < len(parts) and parts[index + 1] in self._strip_before:
+                    part = part.rstrip(_WHITE_CHARS)
+            if part != "":
+                kept.append(part)
+        return kept
 
     def _occurring(self, text: str) -> set[str]:
         """Every special text that stands somewhere in `text`, even if a longer one covers it."""

@@ -10,7 +10,10 @@ scores alone suffice here. Words repeat, so results are cached per word.
 from __future__ import annotations
 
 import heapq
+import itertools
+import math
 import re
+import sys
 
 from pinfer.formats.errors import FormatError
 from pinfer.formats.tokenizer_vocab import KEY, TokenType, Vocabulary
@@ -18,6 +21,8 @@ from pinfer.formats.tokenizer_vocab import KEY, TokenType, Vocabulary
 SPACE = "▁"
 _CACHED_WORDS = 1 << 16
 _CACHED_LENGTH = 32
+_SHORT = 48  # characters; above that a heap is faster
+_NEVER = math.inf
 # What text may become: user text must not spell a control token, nor "<0x41>" become a byte.
 _JOINABLE = (TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED, TokenType.UNDEFINED)
 
@@ -31,7 +36,7 @@ class SpmModel:
         types, scores = vocabulary.types, vocabulary.scores
         self._ids = {text: i for text, i in vocabulary.ids.items() if types[i] in _JOINABLE}
         # Negated: the smallest is joined first, as heapq has it.
-        self._ranks = {text: -scores[i] for text, i in self._ids.items()}
+        self._ranks = {text: min(-scores[i], sys.float_info.max) for text, i in self._ids.items()}
         byte_texts = {byte: f"<0x{byte:02X}>" for byte in range(256)}
         self._byte_ids = {byte: vocabulary.ids[text] for byte, text in byte_texts.items() if text in vocabulary.ids}
         self._unk_id = vocabulary.unk_id or 0
@@ -52,7 +57,7 @@ class SpmModel:
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
         ids: list[int] = []
-        for symbol in self._join(word):
+        for symbol in self._join(word) if len(word) <= _SHORT else self._join_long(word):
             token_id = self._ids.get(symbol)
             if token_id is None:
                 ids.extend(self._spell(symbol))
@@ -66,7 +71,24 @@ class SpmModel:
         return result
 
     def _join(self, word: str) -> list[str]:
-        """Join neighbours best first; a symbol is known by where it starts, `ends[start]` is -1 once it is gone."""
+        """Join neighbours best first, looking over all pairs each time: for a usual word twice as fast as a heap."""
+        find, symbols = self._ranks.get, list(word)
+        ranks = [find(left + right, _NEVER) for left, right in itertools.pairwise(symbols)]
+        while ranks:
+            best = min(ranks)
+            if best == _NEVER:
+                break
+            at = ranks.index(best)  # the leftmost of equals
+            symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
+            del ranks[at]
+            if at:
+                ranks[at - 1] = find(symbols[at - 1] + symbols[at], _NEVER)
+            if at < len(ranks):
+                ranks[at] = find(symbols[at] + symbols[at + 1], _NEVER)
+        return symbols
+
+    def _join_long(self, word: str) -> list[str]:
+        """The same with a heap; a symbol is known by where it starts, `ends[start]` is -1 once it is gone."""
         size = len(word)
         ranks = self._ranks
         ends = list(range(1, size + 1))

@@ -13,6 +13,7 @@ from pinfer.ffn import DenseFFN
 from pinfer.kernels.ops import quant_matmul
 from pinfer.models.layers import optional_vector
 from pinfer.models.weights import WeightSource
+from pinfer.neuron_major_ffn import NeuronMajorFFN
 from pinfer.quant import QuantTensor
 
 
@@ -65,10 +66,11 @@ def build_ffn(weights: WeightSource, config: ModelConfig, prefix: str) -> nn.Mod
 def _dense(weights: WeightSource, config: ModelConfig, prefix: str) -> DenseFFN:
     """Gated or not: the up matrix of an ungated FFN stands as its gate."""
     gate = "ffn_gate" if config.gated else "ffn_up"
-    return DenseFFN(
+    by_neuron = weights.has(f"{prefix}ffn_down_t.weight")
+    return (NeuronMajorFFN if by_neuron else DenseFFN)(
         weights.tensor(f"{prefix}{gate}.weight"),
         weights.tensor(f"{prefix}ffn_up.weight") if config.gated else None,
-        weights.tensor(f"{prefix}ffn_down.weight"),
+        weights.tensor(f"{prefix}{'ffn_down_t' if by_neuron else 'ffn_down'}.weight"),
         config.activation,
         optional_vector(weights, f"{prefix}{gate}.bias"),
         optional_vector(weights, f"{prefix}ffn_down.bias"),
@@ -77,14 +79,8 @@ def _dense(weights: WeightSource, config: ModelConfig, prefix: str) -> DenseFFN:
 
 
 def _experts(weights: WeightSource, config: ModelConfig, prefix: str) -> Iterator[DenseFFN]:
-    """Each expert over its rows of the stacked matrices."""
+    """Each expert over its own of the stacked matrices."""
     experts = cast(ExpertsConfig, config.experts)
-    gate, up, down = (weights.tensor(f"{prefix}ffn_{part}_exps.weight") for part in ("gate", "up", "down"))
-
-    def rows(stack: QuantTensor, expert: int) -> QuantTensor:
-        n = stack.rows // experts.count
-        return stack[expert * n : (expert + 1) * n]
-
     for expert in range(experts.count):
-        parts = rows(gate, expert), rows(up, expert), rows(down, expert)
-        yield DenseFFN(*parts, config.activation, cutoff=config.cutoff)
+        gate, up, down = (weights.expert(f"{prefix}ffn_{part}_exps.weight", expert) for part in ("gate", "up", "down"))
+        yield DenseFFN(gate, up, down, config.activation, cutoff=config.cutoff)

@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
 
 from pinfer.placement.dual import Chain
 from pinfer.placement.options import ON_GPU, Curve
@@ -54,6 +52,9 @@ class _Model:
 
     def solve(self, gap: float) -> tuple[np.ndarray | None, float]:
         """The columns' values, None where none were found in time, and the bound that was proven."""
+        from scipy.optimize import Bounds, LinearConstraint, milp  # 30 MB that most commands do without
+        from scipy.sparse import coo_array
+
         index = np.repeat(np.arange(len(self.rows)), [len(row.columns) for row in self.rows])
         columns = np.concatenate([row.columns for row in self.rows])
         values = np.concatenate([row.values for row in self.rows])

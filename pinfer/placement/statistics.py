@@ -50,6 +50,12 @@ class LayerStatistics:
                     f"{name} is {found.dtype} {list(found.shape)}, expected {dtype} {list(shape)} for {n} neurons"
                 )
 
+    def renumbered(self, order: torch.Tensor) -> LayerStatistics:
+        """The same for neurons in another order: what is first was neuron order[0] (int64 [N])."""
+        by_neuron = {name: getattr(self, name)[..., order] for name, (_, shape) in _kinds(self.n_neurons).items()
+                     if name in ("fired", "mass", "first_half_mass", "up_mean", "center")}  # fmt: skip
+        return dataclasses.replace(self, **by_neuron)
+
     @property
     def n_neurons(self) -> int:
         return self.fired.numel()

@@ -6,11 +6,13 @@ from pinfer.predictors.exact import ExactPredictor
 from pinfer.predictors.gate_threshold import GateThreshold, fit_gate_threshold
 from pinfer.predictors.input_threshold import InputThreshold, fit_input_threshold
 from pinfer.predictors.low_rank import CalibrationInputs, LowRank, LowRankSettings, fit_low_rank
+from pinfer.predictors.mlp import MLP
 from pinfer.predictors.sign_bits import SignBits, fit_sign_bits
 from pinfer.predictors.stored import GateOf, Packed, pack, unpack
 from pinfer.predictors.weighted_threshold import FFNMatrices, WeightedThreshold, fit_weighted_threshold
 
 __all__ = [
+    "MLP",
     "CalibrationInputs",
     "Cuts",
     "ExactPredictor",

@@ -79,11 +79,13 @@ class Predictor(nn.Module, ABC):
     compensation: QuantTensor [D, D] or None; what it makes of x stands for the neurons left out.
     opens_dense:  whether a sequence's first token is computed whole. Its activations are outliers
                   that later tokens attend to, and thresholds for the others fit it badly.
-    reads_gate:   whether a prediction reads every row of the FFN's gate, which it has as `gate`, and says what they gave.
+    reads_gate:   whether a prediction reads every row of the FFN's gate, which it has as `gate` and
+                  `gate_bias`, and says what they gave.
     """
 
     threshold: torch.Tensor
     gate: QuantTensor
+    gate_bias: torch.Tensor | None
     quality: PredictorQuality | None = None
     density: float | None = None
     cuts: Cuts | None = None

@@ -81,6 +81,20 @@ def unpack(packed: Packed, gates: Sequence[GateOf]) -> list[Predictor]:
     return found
 
 
+# Tensors with an entry, or a row, a neuron; the others belong to the layer.
+_BY_NEURON = ("threshold", "cut_base", "cut_scale", "shift", "signs", "second")
+
+
+def renumbered(packed: Packed, orders: Sequence[torch.Tensor]) -> Packed:
+    """The same for a model whose neuron i is what neuron orders[layer][i] was: int64 [N] a layer."""
+    tensors = {}
+    for name, one in packed.tensors.items():
+        _, layer, short = name.split(".")
+        order = orders[int(layer)]
+        tensors[name] = one[order] if short in _BY_NEURON and len(one) == len(order) else one
+    return Packed(tensors, packed.layers)
+
+
 def _parts(predictor: Predictor) -> tuple[Tensors, dict[str, Any]]:
     if isinstance(predictor, GateThreshold):
         return {"threshold": predictor.threshold}, {"kind": "gate_threshold"}

@@ -21,13 +21,15 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
+from torch import nn
 
 from pinfer.ffn import SparseFFN
 from pinfer.input_sparse_ffn import InputSparseFFN, Thresholds
 from pinfer.kernels.activation import ZERO_BELOW_ZERO, activate, hidden_of
 from pinfer.kernels.norms import row_norms
 from pinfer.kernels.select_active.reference import passes
-from pinfer.models import Transformer
+from pinfer.models import Experts, Transformer
+from pinfer.models.ffns import single_ffns
 from pinfer.predictors import Prediction
 
 TrulyActive = Literal["nonzero", "top_k"]
@@ -117,36 +119,42 @@ class NeuronObserver:
     """Counts, layer by layer, what the predictors of a sparse model name against what its inputs call for.
 
     The inputs are the sparse run's own: layer by layer, the predictor is judged on what it was given.
-    Works for SparseFFN, for the shards of a HybridFFN, whose neurons are taken together, and for InputSparseFFN.
+    Works for SparseFFN, for the shards of a HybridFFN, whose neurons are taken together, for InputSparseFFN and for
+    experts.
     """
 
     def __init__(self, model: Transformer) -> None:
-        """ValueError for a model with a dense layer, or with experts."""
-        model.config.without_experts("what predictors name against what inputs call for")
-        self._ffns = model.ffns()
-        self._shards: list[list[tuple[Watched, torch.Tensor]]] = []
-        for layer, ffn in enumerate(self._ffns):
-            shards = [module for module in ffn.modules() if isinstance(module, Watched)]
-            if not shards:
-                raise ValueError(f"layer {layer} is dense: it has no predictor to observe")
-            self._shards.append([(shard, row_norms(shard.weights.down)) for shard in shards])
+        """ValueError for a model with a dense layer."""
+        self._layers: list[tuple[nn.Module, list[list[tuple[Watched, torch.Tensor]]]]] = []
+        for layer, block in enumerate(model.layers):
+            ffns = []
+            for ffn in single_ffns(block.ffn):
+                shards = [module for module in ffn.modules() if isinstance(module, Watched)]
+                if not shards:
+                    raise ValueError(f"layer {layer} is dense: it has no predictor to observe")
+                ffns.append([(shard, row_norms(shard.weights.down)) for shard in shards])
+            self._layers.append((block.ffn, ffns))
 
     @contextmanager
     def watch(self, last: int) -> Iterator[list[NeuronCounts]]:
-        """Gathers one NeuronCounts a layer from the forward pass in the block, over its last tokens."""
+        """Gathers one NeuronCounts a layer from the forward pass in the block, over its last tokens.
+
+        Of a layer with experts it counts each token once for every expert that it was sent to.
+        """
         counts: list[NeuronCounts] = []
         hooks = []
-        for ffn, shards in zip(self._ffns, self._shards, strict=True):
-            parts: Parts = [[] for _ in shards]
-            for (shard, norms), of_shard in zip(shards, parts, strict=True):
-                _collect(shard, norms, of_shard)
-            hooks.append(ffn.register_forward_hook(_counter(shards[0][0].activation, parts, counts, last)))
+        for module, ffns in self._layers:
+            gathered: list[Parts] = [[[] for _ in shards] for shards in ffns]
+            for shards, parts in zip(ffns, gathered, strict=True):
+                for (shard, norms), of_shard in zip(shards, parts, strict=True):
+                    _collect(shard, norms, of_shard)
+            hooks.append(module.register_forward_hook(_counter(ffns[0][0][0].activation, gathered, counts, last)))
         try:
             yield counts
         finally:
             for hook in hooks:
                 hook.remove()
-            for shard, _ in (one for shards in self._shards for one in shards):
+            for shard, _ in (one for _, ffns in self._layers for shards in ffns for one in shards):
                 shard.observe = None
 
 
@@ -188,18 +196,32 @@ def _input_collector(
     return collect
 
 
-def _counter(activation: str, parts: Parts, counts: list[NeuronCounts], last: int) -> Callable[..., None]:
-    """A hook on a layer's FFN, whose shards have computed all tokens: in turns, where the first is apart."""
+def _counter(activation: str, gathered: list[Parts], counts: list[NeuronCounts], last: int) -> Callable[..., None]:
+    """A hook on a layer's FFN, or its experts, whose shards have computed all tokens: in turns, where the first is apart."""
+    nonzero = truly_active(activation) == "nonzero"
 
-    def count(*_: object) -> None:
-        by_shard = [[torch.cat(turns)[-last:] for turns in zip(*of_shard, strict=True)] for of_shard in parts]
-        weight, computed, fired, work = (torch.cat(shards, dim=1) for shards in zip(*by_shard, strict=True))
-        nonzero = truly_active(activation) == "nonzero"
-        counts.append(count_neurons(weight, computed, fired if nonzero else None, float(work.double().sum())))
-        for of_shard in parts:
+    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], _: object) -> None:
+        found = []
+        for parts, kept in zip(gathered, _last_rows(module, inputs[0], last), strict=True):
+            if not int(kept.sum()):  # an expert that none of these tokens is sent to
+                continue
+            by_shard = [[torch.cat(turns)[kept] for turns in zip(*of_shard, strict=True)] for of_shard in parts]
+            weight, computed, fired, work = (torch.cat(shards, dim=1) for shards in zip(*by_shard, strict=True))
+            found.append(count_neurons(weight, computed, fired if nonzero else None, float(work.double().sum())))
+        counts.append(total(found))
+        for of_shard in (one for parts in gathered for one in parts):
             of_shard.clear()
 
     return count
+
+
+def _last_rows(module: nn.Module, x: torch.Tensor, last: int) -> list[torch.Tensor]:
+    """For each FFN of a layer, which of the rows that it computed of x [T, D] are of the last tokens: bool [its rows]."""
+    is_last = torch.arange(x.shape[0]) >= x.shape[0] - last
+    if not isinstance(module, Experts):
+        return [is_last]
+    chosen = module.routed(x)[1]
+    return [is_last[(chosen == number).any(1)] for number in range(len(module.ffns))]
 
 
 def computed_neurons(prediction: Prediction, last: int) -> torch.Tensor:

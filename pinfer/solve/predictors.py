@@ -44,6 +44,7 @@ class PredictorPlan:
 
         ValueError for a method without predictors, or one that the model cannot take.
         """
+        config.without_experts("a directory of predictors")
         fires = config.activation in ZERO_BELOW_ZERO
         if method == "auto":
             trainable = config.d_model % Q4_0.block_size == 0

@@ -16,21 +16,31 @@ from typing import Any
 import torch
 
 from pinfer.formats.errors import FormatError, shown
-from pinfer.formats.huggingface.families import Described, describe
+from pinfer.formats.huggingface.describe import Described, describe
 from pinfer.formats.huggingface.json_file import Node
-from pinfer.formats.huggingface.names import Change, Link, folder_names, is_ignored, links, row_orders
-from pinfer.formats.huggingface.names import describe as misshapen
+from pinfer.formats.huggingface.names import (
+    HEAD,
+    Change,
+    Link,
+    RowOrder,
+    folder_names,
+    is_ignored,
+    links,
+    misshapen,
+    row_orders,
+    text_name,
+)
 from pinfer.formats.huggingface.safetensors_file import TYPES, Stored
 from pinfer.formats.huggingface.shards import open_shards
 from pinfer.formats.huggingface.tokenizer import tokenizer_metadata
-from pinfer.formats.model_file import FLOAT_DTYPES, ModelFile, Part, TensorInfo, map_file
-from pinfer.quant import F32, QuantType
+from pinfer.formats.model_file import FLOAT_DTYPES, MADE, ModelFile, Part, TensorInfo, map_file
+from pinfer.formats.pages import release_bytes
+from pinfer.formats.standard import FILE_TYPES
+from pinfer.quant import F32, QuantTensor, QuantType
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 16 << 20
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-MADE = -1  # the part of tensors that lie in none
-_FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}  # of general.file_type
 _QUANTISED = {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2", "I8", "U8", "I32"}
 
 Recipe = Callable[[], torch.Tensor]
@@ -42,7 +52,7 @@ class HFFolder(ModelFile):
     def __init__(self, path: Path, described: Described, parts: list[Part], build: _Tensors) -> None:
         super().__init__(path, described.metadata, build.tensors, parts)
         self.described = described
-        self._recipes = build.recipes
+        self._recipes, self._stacks = build.recipes, build.stacks
 
     @classmethod
     def open(cls, path: str | Path) -> HFFolder:
@@ -61,6 +71,8 @@ class HFFolder(ModelFile):
         described = describe(Node.read(folder / CONFIG, MAX_CONFIG_BYTES))
         shards = open_shards(folder)
         stored = {name: one for shard in shards for name, one in shard.tensors.items()}
+        if described.with_images:
+            stored = {text: one for name, one in stored.items() if (text := text_name(name)) is not None}
         parts: list[Part] = [*shards, Part(folder / CONFIG, map_file(folder / CONFIG))]
         build = _Tensors(parts, stored, described)
         described.metadata.update(_general(folder, build.tensors))
@@ -72,6 +84,15 @@ class HFFolder(ModelFile):
     def format(self) -> str:
         n_shards = len(self.parts) - 1
         return f"Hugging Face folder ({self.described.family.model_type}, {n_shards} shard{'s' * (n_shards > 1)})"
+
+    def expert(self, name: str, number: int) -> QuantTensor:
+        """One matrix of a stack, as a view of the tensor that the folder has for that expert."""
+        info = self.info(name)
+        parts = self._stacks.get(name, ())
+        if not 0 <= number < len(parts):
+            raise self.error(f"tensor {shown(name)} {list(info.shape)} has no matrix {number}")
+        _ = self.parts  # ValueError once the folder is closed
+        return QuantTensor(parts[number]().view(info.shape[1], -1), info.type, info.columns)
 
     def _bytes(self, info: TensorInfo) -> torch.Tensor:
         recipe = self._recipes.get(info.name)
@@ -88,6 +109,8 @@ class _Tensors:
         self._parts, self._stored, self._dims = parts, stored, described.dims
         self.tensors: dict[str, TensorInfo] = {}
         self.recipes: dict[str, Recipe] = {}
+        self.stacks: dict[str, list[Recipe]] = {}  # of the experts' matrices, each alone
+        self._row_orders: dict[tuple[Change, str], list[RowOrder]] = {}
         known = self._known(described)
         for name, one in stored.items():
             if name not in known and not is_ignored(name):
@@ -107,10 +130,8 @@ class _Tensors:
         for link in links(described.tensors, described.dims):
             wanted = folder_names(link, described.dims)
             known.update(wanted)
-            if link.folder == "lm_head.weight" and described.tied:
+            if link.folder == HEAD and described.tied:
                 continue  # what is there is the embedding once more
-            if link.optional and wanted[0] not in self._stored and (described.tied or link.folder != "lm_head.weight"):
-                continue
             self._place(link, [self._find(name, link) for name in wanted])
         return known
 
@@ -136,18 +157,26 @@ class _Tensors:
             if odd := next((one for one in sources if one.dtype != first.dtype), None):
                 raise self._error(odd, f"is {odd.dtype}, the first expert's is {first.dtype}")
             shape = (len(sources), *first.shape)
-            self._make(link.gguf[0], shape, kind, lambda: torch.cat([self._raw(one) for one in sources]))
+            self.stacks[link.gguf[0]] = [partial(self._aligned, one) for one in sources]
+            self._make(link.gguf[0], shape, kind, lambda: self._made(torch.cat, sources))
         elif link.change is Change.PLUS_ONE:
-            self._make(link.gguf[0], first.shape, F32, lambda: _plus_one(self._raw(first), kind))
+            self._make(link.gguf[0], first.shape, F32, lambda: self._made(partial(_plus_one, kind), [first]))
         else:
-            for name, order in zip(link.gguf, row_orders(link, self._dims), strict=True):
+            for name, order in zip(link.gguf, self._orders(link), strict=True):
                 self._place_rows(name, first, order)
 
-    def _place_rows(self, name: str, source: Stored, order: slice | torch.Tensor) -> None:
+    def _orders(self, link: Link) -> list[RowOrder]:
+        """The same for all layers, and kept once."""
+        key = (link.change, link.shape)
+        if key not in self._row_orders:
+            self._row_orders[key] = row_orders(link, self._dims)
+        return self._row_orders[key]
+
+    def _place_rows(self, name: str, source: Stored, order: RowOrder) -> None:
         kind, row_bytes = TYPES[source.dtype], source.nbytes // source.shape[0]
         if isinstance(order, torch.Tensor):
             shape = (order.numel(), *source.shape[1:])
-            self._make(name, shape, kind, lambda: self._raw(source).view(-1, row_bytes)[order].view(-1))
+            self._make(name, shape, kind, lambda: self._made(partial(_reordered, row_bytes, order), [source]))
             return
         start, stop, _ = order.indices(source.shape[0])
         shape, nbytes = (stop - start, *source.shape[1:]), (stop - start) * row_bytes
@@ -161,12 +190,29 @@ class _Tensors:
         self.tensors[name] = TensorInfo(name, shape, kind, 0, nbytes, MADE)
         self.recipes[name] = recipe
 
+    def _made(self, of: Callable[[list[torch.Tensor]], torch.Tensor], sources: list[Stored]) -> torch.Tensor:
+        """What `of` makes of the bytes of tensors, whose pages are let go of."""
+        raw = [self._raw(one) for one in sources]
+        made = of(raw)
+        for one in raw:
+            release_bytes(one)
+        return made
+
+    def _aligned(self, one: Stored) -> torch.Tensor:
+        """A view, or a copy where kernels could not read whole numbers from it."""
+        raw = self._raw(one)
+        return raw.clone() if one.offset % TYPES[one.dtype].block_bytes else raw
+
     def _raw(self, one: Stored) -> torch.Tensor:
         return self._parts[one.part].data[one.offset : one.offset + one.nbytes]
 
 
-def _plus_one(raw: torch.Tensor, kind: QuantType) -> torch.Tensor:
-    return (raw.clone().view(FLOAT_DTYPES[kind]).float() + 1).view(torch.uint8)
+def _plus_one(kind: QuantType, raw: list[torch.Tensor]) -> torch.Tensor:
+    return (raw[0].clone().view(FLOAT_DTYPES[kind]).float() + 1).view(torch.uint8)
+
+
+def _reordered(row_bytes: int, order: torch.Tensor, raw: list[torch.Tensor]) -> torch.Tensor:
+    return raw[0].view(-1, row_bytes)[order].view(-1)
 
 
 def _general(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, Any]:
@@ -178,7 +224,7 @@ def _general(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, Any]:
     return {
         "general.type": "model",
         "general.name": folder.name,
-        "general.file_type": _FILE_TYPES[types.most_common(1)[0][0]],
+        "general.file_type": FILE_TYPES[types.most_common(1)[0][0]],
     }
 
 

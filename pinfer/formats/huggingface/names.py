@@ -16,6 +16,7 @@ import torch
 
 from pinfer.formats.errors import shown
 
+HEAD = "lm_head.weight"  # which a model whose head is its embedding does not have
 RowOrder = slice | torch.Tensor  # rows that lie together, or an int64 index
 
 
@@ -53,14 +54,13 @@ class Link:
     gguf: tuple[str, ...]
     shape: str
     change: Change = Change.SAME
-    optional: bool = False
 
     def of(self, layer: int, expert: int | None = None) -> Link:
         names = tuple(name.replace("{layer}", str(layer)) for name in self.gguf)
         folder = self.folder.replace("{layer}", str(layer))
         if expert is not None:
             folder = folder.replace("{expert}", str(expert))
-        return Link(folder, names, self.shape, self.change, self.optional)
+        return Link(folder, names, self.shape, self.change)
 
 
 def row_orders(link: Link, dims: Dims) -> list[RowOrder]:
@@ -113,7 +113,7 @@ def folder_names(link: Link, dims: Dims) -> list[str]:
     return [link.folder.replace("{expert}", str(expert)) for expert in range(dims.n_experts)]
 
 
-def describe(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+def misshapen(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
     """What to say of a tensor that is not as large as it should be."""
     return f"tensor {shown(name)} has shape {list(found)}, config.json asks for {list(expected)}"
 
@@ -132,7 +132,7 @@ def _ends(norm: Change = Change.SAME) -> tuple[Link, ...]:
     return (
         Link("model.embed_tokens.weight", ("token_embd.weight",), "VD"),
         Link("model.norm.weight", ("output_norm.weight",), "D", norm),
-        Link("lm_head.weight", ("output.weight",), "VD", optional=True),
+        Link(HEAD, ("output.weight",), "VD"),
     )
 
 
@@ -224,7 +224,7 @@ _FALCON_LAYER = "transformer.h.{layer}."
 _FALCON = (
     Link("transformer.word_embeddings.weight", ("token_embd.weight",), "VD"),
     *_weight_and_bias("transformer.ln_f", "output_norm", "D"),
-    Link("lm_head.weight", ("output.weight",), "VD", optional=True),
+    Link(HEAD, ("output.weight",), "VD"),
     Link(
         _FALCON_LAYER + "self_attention.query_key_value.weight",
         tuple(_BLOCK + part for part in ("attn_q.weight", "attn_k.weight", "attn_v.weight")),
@@ -247,7 +247,7 @@ OPT = (
     Link("model.decoder.embed_tokens.weight", ("token_embd.weight",), "VD"),
     Link("model.decoder.embed_positions.weight", ("position_embd.weight",), "PD"),
     *_weight_and_bias("model.decoder.final_layer_norm", "output_norm", "D"),
-    Link("lm_head.weight", ("output.weight",), "VD", optional=True),
+    Link(HEAD, ("output.weight",), "VD"),
     *_weight_and_bias(_OPT_LAYER + "self_attn_layer_norm", _BLOCK + "attn_norm", "D"),
     *_weight_and_bias(_OPT_LAYER + "self_attn.q_proj", _BLOCK + "attn_q", "QD"),
     *_weight_and_bias(_OPT_LAYER + "self_attn.k_proj", _BLOCK + "attn_k", "KD"),
@@ -266,3 +266,17 @@ _PREDICTORS = ".mlp.predictor."
 def is_ignored(name: str) -> bool:
     """Whether the model is the same without a tensor of the folder."""
     return name.endswith(_BUFFERS) or _PREDICTORS in name
+
+
+_TEXT_PREFIXES = ("language_model.model.", "model.language_model.")
+_IMAGE_PREFIXES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+
+
+def text_name(name: str) -> str | None:
+    """A tensor of a model of images and text under its name in a model of text; None where it is of images."""
+    if name.startswith(_IMAGE_PREFIXES):
+        return None
+    for prefix in _TEXT_PREFIXES:
+        if name.startswith(prefix):
+            return "model." + name.removeprefix(prefix)
+    return name.removeprefix("language_model.")

@@ -8,8 +8,14 @@ from pinfer.formats.errors import shown
 from pinfer.formats.huggingface.json_file import Node
 from pinfer.formats.tokenizer_pre import CONTRACTION, GPT2, PRE_TOKENIZERS
 
-# The same matches as tokenizer.json and as llama.cpp, whose engine lacks (?i:), write them.
+# The same matches as tokenizer.json and as llama.cpp, whose engine lacks (?i:) and possessive
+# quantifiers, write them.
 _SPELLINGS = {
+    "\r": r"\r",
+    "\n": r"\n",
+    r"[^\r\n\p{L}\p{N}]?+": r"[^\r\n\p{L}\p{N}]?",
+    r"[^\s\p{L}\p{N}]++": r"[^\s\p{L}\p{N}]+",
+    r"\p{N}{1}": r"\p{N}",
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)": CONTRACTION,
     "(?i:[sdmt]|ll|ve|re)": "(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])",
 }
@@ -38,6 +44,12 @@ def find_pre(pre_tokenizer: Node, ignore_merges: bool) -> str:
             f"with ignore_merges {str(ignore_merges).lower()}: no known pre-tokenizer"
         )
     return next((name for name in _PREFERRED if name in names), names[0])
+
+
+def _digits_together(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """DeepSeek LLM's row has runs of digits where the model splits each off; its tokens hold but one digit."""
+    several = len(patterns) > 2 and patterns[-1] == r"\p{N}"
+    return (*patterns[:-1], r"\p{N}+") if several else patterns
 
 
 def is_byte_level(pre_tokenizer: Node) -> bool:

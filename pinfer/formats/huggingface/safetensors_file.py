@@ -50,6 +50,7 @@ class Shard(Part):
                 f"{self.path}: a header of {length} bytes is announced; a safetensors file of {size} bytes "
                 f"has 2 to {max(2, min(size - 8, MAX_HEADER_BYTES))}"
             )
+        self.header_bytes = 8 + length
         header = self._parse(self.data[8 : 8 + length].numpy().tobytes())
         header.pop("__metadata__", None)
         found = [self._entry(name, fields, 8 + length, number) for name, fields in header.items()]

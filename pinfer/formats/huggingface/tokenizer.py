@@ -10,13 +10,15 @@ llama.cpp therefore ignores, goes under `tokenizer.pinfer.*`:
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pinfer.formats.errors import FormatError, shown
-from pinfer.formats.huggingface.json_file import Node
 from pinfer.formats.huggingface.sentencepiece import SentencePieceModel, read_sentencepiece
+from pinfer.formats.huggingface.tokenizer_config import TokenizerConfig
 from pinfer.formats.huggingface.tokenizer_json import (
     MAX_ID,
     SPACE,
@@ -30,9 +32,8 @@ from pinfer.formats.tokenizer_vocab import END_TEXTS, KEY, PINFER_KEY, ROLES, To
 
 __all__ = ["tokenizer_metadata", "write_tokenizer"]
 
-CONFIG_BYTES = 16 * 2**20
 PAD_SCORE, ADDED_SCORE = -10000.0, -1000.0
-# Folders with vocab.json and merges.txt alone: the class stands for the pre-tokenizer.
+# Folders with vocab.json and merges.txt alone: the class stands for the pre-tokenizer and for NFC.
 _CLASSES = {"GPT2": ("gpt-2", False), "Qwen2": ("qwen2", True)}
 
 
@@ -45,83 +46,14 @@ class _Row:
     score: float
 
 
-class _Config:
-    """What tokenizer_config.json and its companions say, in the order in which they are asked."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.tokenizer = self._read("tokenizer_config.json")
-        self._others = [self._read("special_tokens_map.json"), self._read("config.json")]
-        self._generation = self._read("generation_config.json")
-
-    def _read(self, name: str) -> Node:
-        path = self._folder / name
-        return Node.read(path, CONFIG_BYTES) if path.is_file() else Node(None, f"{path}:")
-
-    def token(self, role: str) -> str | None:
-        """The text of a special token."""
-        for node in (self.tokenizer, self._others[0]):
-            entry = node.at(f"{role}_token")
-            text = entry.get("content", str) if isinstance(entry.value, dict) else entry.as_(str)
-            if text is not None:
-                return text
-        return None
-
-    def token_ids(self, role: str) -> list[int]:
-        """The ids of a special token by generation_config.json or config.json; several may end a text."""
-        for node in (self._generation, self._others[1]):
-            entry = node.at(f"{role}_token_id")
-            if isinstance(entry.value, list):
-                return [item.as_(int, -1) for item in entry.items()]
-            if entry.value is not None:
-                return [entry.as_(int)]
-        return []
-
-    def added(self) -> list[AddedToken]:
-        """`added_tokens_decoder`, and added_tokens.json for ids that it does not name."""
-        tokens = {}
-        for text, node in self._read("added_tokens.json").fields():
-            tokens[node.as_(int, -1)] = AddedToken(_checked_id(node.as_(int, -1), node), text, False)
-        for key, node in self.tokenizer.at("added_tokens_decoder").fields():
-            token_id = _checked_id(int(key) if key.isascii() and key.isdigit() and len(key) < 10 else -1, node)
-            flags = (node.get(name, bool, False) for name in ("special", "lstrip", "rstrip"))
-            content = node.get("content", str)
-            if not content:
-                raise node.fault("has no content")
-            tokens[token_id] = AddedToken(token_id, content, *flags)
-        return list(tokens.values())
-
-    def chat_templates(self) -> dict[str, str]:
-        """Templates by name, the one to use under ""; chat_template.jinja comes before tokenizer_config.json."""
-        path = self._folder / "chat_template.jinja"
-        if path.is_file():
-            with path.open("rb") as file:
-                data = file.read(CONFIG_BYTES + 1)
-            if len(data) > CONFIG_BYTES:
-                raise FormatError(f"{path}: has more than {CONFIG_BYTES} bytes")
-            try:
-                return {"": data.decode("utf-8")}
-            except UnicodeDecodeError as error:
-                raise FormatError(f"{path}: not UTF-8 at byte {error.start}") from None
-        entry = self.tokenizer.at("chat_template")
-        if entry.value is None:
-            entry = self._read("chat_template.json").at("chat_template")
-        if not isinstance(entry.value, list):
-            return {} if entry.value is None else {"": entry.as_(str)}
-        named = {item.get("name", str, ""): item.get("template", str, "") for item in entry.items()}
-        return {"" if name == "default" else name: template for name, template in named.items()}
-
-
-def _checked_id(token_id: int, node: Node) -> int:
-    if not 0 <= token_id < MAX_ID:
-        raise node.fault(f"is for the id {token_id}, not one from 0 to {MAX_ID - 1}")
-    return token_id
+Rows = dict[int, _Row]
 
 
 def tokenizer_metadata(folder: Path, vocab_size: int | None = None) -> dict[str, Any]:
     """The metadata that `load_tokenizer` reads, for the tokenizer files in a folder.
 
-    vocab_size: rows of the model's embedding; ids without a token become "[PADn]" of type UNUSED.
+    vocab_size: rows of the model's embedding. Ids without a token become "[PADn]" of type UNUSED;
+    added tokens that have no row (Gemma 3's for images) are left out.
 
     Read are tokenizer.json, or vocab.json with merges.txt, or tokenizer.model, and beside them
     tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json (ids of
@@ -129,134 +61,115 @@ def tokenizer_metadata(folder: Path, vocab_size: int | None = None) -> dict[str,
     there is no tokenizer, FormatError naming file and key for a faulty or unsupported one.
     """
     folder = Path(folder)
-    config = _Config(folder)
+    config = TokenizerConfig(folder)
     source = _find_source(folder, config)
     if isinstance(source, JsonTokenizer):
-        pieces = folder / "tokenizer.model"
-        model = read_sentencepiece(pieces) if source.pre is None and pieces.is_file() else None
-        rows, values = _from_json(source, model, config)
+        added = _with_rows([*config.added(), *source.added], vocab_size)
+        rows, values, around = _from_json(source, _find_scores(folder, source), added)
     else:
+        added = _with_rows(config.added(), vocab_size)
         rows, values = _from_sentencepiece(source, config)
+        around = None
+    spm = values[f"{KEY}model"] == "llama"
+    _add(rows, added, spaces=spm)
     _pad(rows, vocab_size, folder)
-    size = max(rows) + 1
-    ordered = [rows.get(i) or _Row(f"[PAD{i}]", TokenType.UNUSED, PAD_SCORE) for i in range(size)]
-    metadata: dict[str, Any] = {
-        f"{KEY}model": values.pop("model"),
-        f"{KEY}pre": values.pop("pre"),
-        f"{KEY}tokens": [row.text for row in ordered],
-        f"{KEY}token_type": [int(row.kind) for row in ordered],
-    }
-    if metadata[f"{KEY}model"] == "llama":
-        metadata[f"{KEY}scores"] = [row.score for row in ordered]
-    metadata |= values
-    templates = config.chat_templates()
-    for name, template in templates.items():
-        metadata[f"tokenizer.chat_template{'.' if name else ''}{name}"] = template
-    if set(templates) - {""}:
-        metadata["tokenizer.chat_templates"] = sorted(set(templates) - {""})
-    return metadata
+    values |= _stripping(added, always=spm) | _special(config, rows, values, around or (None, None))
+    values |= _surround(config, values, around, default_bos=spm)
+    return _table(rows, scores=spm) | values | _chat_templates(config)
 
 
-def _find_source(folder: Path, config: _Config) -> JsonTokenizer | SentencePieceModel:
+def _find_source(folder: Path, config: TokenizerConfig) -> JsonTokenizer | SentencePieceModel:
     if (folder / "tokenizer.json").is_file():
         return read_tokenizer_json(folder / "tokenizer.json")
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        name = (
-            config.tokenizer.get("tokenizer_class", str, "GPT2Tokenizer").removesuffix("Fast").removesuffix("Tokenizer")
-        )
+        full = config.tokenizer.get("tokenizer_class", str, "GPT2Tokenizer")
+        name = full.removesuffix("Fast").removesuffix("Tokenizer")
         if name not in _CLASSES:
-            raise config.tokenizer.at("tokenizer_class").fault(f"is {shown(name)}: tokenizer.json is needed")
+            raise config.tokenizer.at("tokenizer_class").fault(f"is {shown(full)}: tokenizer.json is needed")
         return read_vocab_files(folder, *_CLASSES[name])
     if (folder / "tokenizer.model").is_file():
         return read_sentencepiece(folder / "tokenizer.model")
     raise FileNotFoundError(f"{folder}: no tokenizer.json, vocab.json with merges.txt, or tokenizer.model")
 
 
+def _find_scores(folder: Path, source: JsonTokenizer) -> dict[str, float]:
+    """Scores for a tokenizer on characters: those of tokenizer.model, if it has every token that merges make.
+
+    Otherwise by the merges' order: SentencePiece joins what makes the token of the highest score,
+    BPE what the first merge names, and these merges were listed by falling score. So a
+    tokenizer.model that cannot be read (a pointer of Git LFS, say) is not missed.
+    """
+    if source.pre is not None:
+        return {}
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(source.merges):
+        ranks.setdefault(left + right, rank)
+    path = folder / "tokenizer.model"
+    if path.is_file():
+        with contextlib.suppress(FormatError):
+            known = {text: score for text, score, _ in read_sentencepiece(path).pieces}
+            if ranks.keys() <= known.keys():
+                return known
+    behind = len(source.merges)
+    return {text: -float(ranks.get(text, behind + i)) for text, i in source.vocab.items()}
+
+
+def _with_rows(tokens: list[AddedToken], vocab_size: int | None) -> list[AddedToken]:
+    """The last of each id, without those that a model of `vocab_size` rows cannot have."""
+    by_id = {token.id: token for token in tokens}
+    return [token for token in by_id.values() if vocab_size is None or token.id < vocab_size]
+
+
 def _from_json(
-    source: JsonTokenizer, model: SentencePieceModel | None, config: _Config
-) -> tuple[dict[int, _Row], dict[str, Any]]:
-    scores = {} if source.pre is not None else _scores(source, model)
-    rows = {i: _Row(text, TokenType.NORMAL, scores.get(text, 0.0)) for text, i in source.vocab.items()}
-    if source.pre is None:
-        _mark_bytes(rows, source.vocab)
-    added = {token.id: token for token in [*config.added(), *source.added]}.values()
-    _add(rows, added, spaces=source.pre is None)
-    unknown = source.vocab.get(source.unknown or "")
-    if source.pre is None and unknown is not None:
-        rows[unknown].kind = TokenType.UNKNOWN
-    values: dict[str, Any] = {"model": "llama" if source.pre is None else "gpt2", "pre": source.pre or "default"}
-    if source.pre is None:
-        values[f"{KEY}add_space_prefix"] = source.space_prefix != "never"
-        if source.space_prefix == "first":
-            values[f"{PINFER_KEY}space_prefix"] = "first"
-    else:
+    source: JsonTokenizer, scores: dict[str, float], added: list[AddedToken]
+) -> tuple[Rows, dict[str, Any], tuple[str | None, str | None] | None]:
+    dropped = {token.id for token in source.added} - {token.id for token in added}
+    rows = {
+        i: _Row(text, TokenType.NORMAL, scores.get(text, 0.0)) for text, i in source.vocab.items() if i not in dropped
+    }
+    values: dict[str, Any] = {f"{KEY}model": "gpt2" if source.pre else "llama", f"{KEY}pre": source.pre or "default"}
+    if source.pre is not None:
         values[f"{KEY}merges"] = [f"{left} {right}" for left, right in source.merges]
         if source.nfc:
             values[f"{PINFER_KEY}normalizer"] = "NFC"
-    for side in ("lstrip", "rstrip"):
-        ids = sorted(token.id for token in added if getattr(token, side))
-        if ids or (side == "rstrip" and source.pre is None):
-            values[f"{PINFER_KEY}{side}_ids"] = ids
-    around = source.around
-    values |= _special(config, rows, around or (None, None))
-    if source.pre is None and unknown is not None:
-        values.setdefault(f"{KEY}unknown_token_id", unknown)
-    values |= _surround(config, values, around, default_bos=source.pre is None)
-    return rows, values
+        return rows, values, source.around
+    _mark_bytes(rows, source.vocab)
+    values[f"{KEY}add_space_prefix"] = source.space_prefix != "never"
+    if source.space_prefix == "first":
+        values[f"{PINFER_KEY}space_prefix"] = "first"
+    unknown = source.vocab.get(source.unknown or "")
+    if unknown is not None:
+        rows[unknown].kind = TokenType.UNKNOWN
+        values[f"{KEY}unknown_token_id"] = unknown
+    return rows, values, source.around
 
 
-def _from_sentencepiece(model: SentencePieceModel, config: _Config) -> tuple[dict[int, _Row], dict[str, Any]]:
+def _from_sentencepiece(model: SentencePieceModel, config: TokenizerConfig) -> tuple[Rows, dict[str, Any]]:
     rows = {i: _Row(text, TokenType(kind), score) for i, (text, score, kind) in enumerate(model.pieces)}
     for row in rows.values():
         if row.kind == TokenType.USER_DEFINED:
             row.text = row.text.replace(SPACE, " ")
-    added = config.added()
-    _add(rows, added, spaces=True)
-    values: dict[str, Any] = {"model": "llama", "pre": "default"}
-    values[f"{KEY}add_space_prefix"] = model.add_dummy_prefix
-    for side in ("lstrip", "rstrip"):
-        ids = sorted(token.id for token in added if getattr(token, side))
-        if ids or side == "rstrip":
-            values[f"{PINFER_KEY}{side}_ids"] = ids
-    values |= _special(config, rows, (None, None))
-    for role, token_id in model.special_ids.items():
-        if token_id in rows:
-            values.setdefault(f"{KEY}{ROLES[role]}_token_id", token_id)
-    values |= _surround(config, values, None, default_bos=True)
-    return rows, values
+    prefix = config.tokenizer.get("add_prefix_space", bool, model.add_dummy_prefix)
+    values = {f"{KEY}model": "llama", f"{KEY}pre": "default", f"{KEY}add_space_prefix": prefix}
+    ids = {f"{KEY}{ROLES[role]}_token_id": i for role, i in model.special_ids.items() if i in rows}
+    return rows, values | ids
 
 
-def _scores(source: JsonTokenizer, model: SentencePieceModel | None) -> dict[str, float]:
-    """A score a token: those of tokenizer.model if it has every token that merges make, else by the merges' order.
-
-    SentencePiece joins what makes the token of the highest score, BPE what the first merge names,
-    and these merges were listed by falling score: the first merge that makes a token is its rank.
-    """
-    ranks: dict[str, int] = {}
-    for rank, (left, right) in enumerate(source.merges):
-        ranks.setdefault(left + right, rank)
-    if model is not None:
-        known = {text: score for text, score, _ in model.pieces}
-        if ranks.keys() <= known.keys():
-            return known
-    behind = float(len(source.merges))
-    return {text: -float(ranks.get(text, behind + i)) for text, i in source.vocab.items()}
-
-
-def _mark_bytes(rows: dict[int, _Row], vocab: dict[str, int]) -> None:
+def _mark_bytes(rows: Rows, vocab: dict[str, int]) -> None:
     for byte in range(256):
         token_id = vocab.get(f"<0x{byte:02X}>")
-        if token_id is not None:
+        if token_id in rows:
             rows[token_id] = _Row(rows[token_id].text, TokenType.BYTE, 0.0)
 
 
-def _add(rows: dict[int, _Row], added: Any, spaces: bool) -> None:
+def _add(rows: Rows, added: Collection[AddedToken], spaces: bool) -> None:
     """Put added tokens in their places; in SentencePiece models ordinary ones are spelled with spaces."""
+    unknown = {i for i, row in rows.items() if row.kind == TokenType.UNKNOWN}
     for token in added:
         control = token.special or _looks_special(token.content)
         text = token.content if control or not spaces else token.content.replace(SPACE, " ")
         kind = TokenType.CONTROL if control else TokenType.USER_DEFINED
-        rows[token.id] = _Row(text, kind, ADDED_SCORE)
+        rows[token.id] = _Row(text, TokenType.UNKNOWN if token.id in unknown else kind, ADDED_SCORE)
 
 
 def _looks_special(text: str) -> bool:
@@ -269,9 +182,28 @@ def _looks_special(text: str) -> bool:
     )
 
 
-def _special(config: _Config, rows: dict[int, _Row], around: tuple[str | None, str | None]) -> dict[str, Any]:
+def _pad(rows: Rows, vocab_size: int | None, folder: Path) -> None:
+    size = max(rows) + 1
+    if vocab_size is not None and vocab_size < size:
+        raise FormatError(f"{folder}: the tokenizer has {size} tokens, the model {vocab_size} rows for them")
+    if vocab_size is not None and vocab_size > MAX_ID:
+        raise FormatError(f"{folder}: vocab_size is {vocab_size}; at most {MAX_ID} is supported")
+    for i in range(vocab_size or size):
+        if i not in rows:
+            rows[i] = _Row(f"[PAD{i}]", TokenType.UNUSED, PAD_SCORE)
+
+
+def _stripping(added: Collection[AddedToken], always: bool) -> dict[str, list[int]]:
+    """The ids that swallow white space; `always` an empty list too, where a reader would else guess by the name."""
+    sides = {"lstrip": [token.id for token in added if token.lstrip], "rstrip": [t.id for t in added if t.rstrip]}
+    return {f"{PINFER_KEY}{side}_ids": sorted(i) for side, i in sides.items() if i or (always and side == "rstrip")}
+
+
+def _special(
+    config: TokenizerConfig, rows: Rows, known: dict[str, Any], around: tuple[str | None, str | None]
+) -> dict[str, Any]:
     """The ids of special tokens by role, which become control tokens, and of what else ends a text."""
-    values: dict[str, Any] = {}
+    values = {key: i for key, i in known.items() if key.endswith("_token_id")}
     ids = {row.text: i for i, row in rows.items()}
     fallback = {"bos": around[0], "eos": around[1]}
     for role, name in ROLES.items():
@@ -288,7 +220,10 @@ def _special(config: _Config, rows: dict[int, _Row], around: tuple[str | None, s
 
 
 def _surround(
-    config: _Config, values: dict[str, Any], around: tuple[str | None, str | None] | None, default_bos: bool
+    config: TokenizerConfig,
+    values: dict[str, Any],
+    around: tuple[str | None, str | None] | None,
+    default_bos: bool,
 ) -> dict[str, bool]:
     """Whether BOS and EOS go around a text: by tokenizer_config.json, else by the post-processor, else as is usual."""
     defaults = (default_bos, False) if around is None else (around[0] is not None, around[1] is not None)
@@ -299,12 +234,18 @@ def _surround(
     }
 
 
-def _pad(rows: dict[int, _Row], vocab_size: int | None, folder: Path) -> None:
-    size = max(rows) + 1
-    if vocab_size is None or vocab_size == size:
-        return
-    if vocab_size < size:
-        raise FormatError(f"{folder}: the tokenizer has {size} tokens, the model {vocab_size} rows for them")
-    if vocab_size > MAX_ID:
-        raise FormatError(f"{folder}: vocab_size is {vocab_size}; at most {MAX_ID} is supported")
-    rows[vocab_size - 1] = _Row(f"[PAD{vocab_size - 1}]", TokenType.UNUSED, PAD_SCORE)
+def _table(rows: Rows, scores: bool) -> dict[str, Any]:
+    ordered = [rows[i] for i in range(len(rows))]
+    values: dict[str, Any] = {f"{KEY}tokens": [row.text for row in ordered]}
+    values[f"{KEY}token_type"] = [int(row.kind) for row in ordered]
+    return values | ({f"{KEY}scores": [row.score for row in ordered]} if scores else {})
+
+
+def _chat_templates(config: TokenizerConfig) -> dict[str, Any]:
+    """The template to use, and others under their names."""
+    templates = config.chat_templates()
+    values: dict[str, Any] = {
+        f"tokenizer.chat_template{'.' if name else ''}{name}": template for name, template in templates.items()
+    }
+    others = sorted(set(templates) - {""})
+    return values | ({"tokenizer.chat_templates": others} if others else {})

@@ -14,7 +14,7 @@ import torch
 
 from pinfer.files import appearing_folder
 from pinfer.formats.huggingface.config_json import Folder
-from pinfer.formats.huggingface.names import Change, Link, folder_names, folder_order, links
+from pinfer.formats.huggingface.names import HEAD, Change, Link, folder_names, folder_order, links
 from pinfer.formats.huggingface.safetensors_file import NAMES, header_bytes
 from pinfer.formats.huggingface.shards import INDEX, SINGLE
 from pinfer.formats.huggingface.tokenizer import write_tokenizer
@@ -89,7 +89,7 @@ class Plan:
     def tensors(self) -> Iterator[Going]:
         """In the order of the family's table; FormatError for one that the file lacks."""
         for link in links(self.folder.tensors, self.folder.dims):
-            if link.folder == "lm_head.weight" and self.folder.tied:
+            if link.folder == HEAD and self.folder.tied:
                 continue
             infos = [self._file.info(name) for name in link.gguf]
             if link.change is Change.STACKED:
@@ -138,7 +138,7 @@ class Plan:
         return self._file.vector(info.name) if len(info.shape) == 1 else self._dequantize(self._file.tensor(info.name))
 
     def _matrix(self, link: Link, infos: list[TensorInfo]) -> Going:
-        kind, order = self._type(infos), folder_order(link, self.folder.dims)
+        kind = self._type(infos)
         parts = [self._pieces(info.name, kind) for info in infos]
 
         def in_order() -> Iterator[torch.Tensor]:
@@ -146,9 +146,10 @@ class Plan:
 
         def reordered() -> Iterator[torch.Tensor]:
             rows = torch.cat(list(in_order())).view(-1, kind.row_bytes(infos[0].columns))
-            yield rows[order]
+            yield rows[folder_order(link, self.folder.dims)]
 
-        return Going(link.folder, self._shape(infos), kind, in_order if order is None else reordered)
+        same = folder_order(link, self.folder.dims) is None
+        return Going(link.folder, self._shape(infos), kind, in_order if same else reordered)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

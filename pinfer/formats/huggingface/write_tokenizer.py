@@ -170,6 +170,9 @@ def _config(metadata: Mapping[str, Any], vocabulary: Vocabulary, settings: Token
         if token_id is not None and 0 <= token_id < len(vocabulary.tokens):
             config[f"{role}_token"] = vocabulary.tokens[token_id]
     config |= {"add_bos_token": settings.add_bos, "add_eos_token": settings.add_eos}
-    if settings.chat_template is not None:
-        config["chat_template"] = settings.chat_template
+    templates = settings.chat_templates
+    if set(templates) == {""}:
+        config["chat_template"] = templates[""]
+    elif templates:
+        config["chat_template"] = [{"name": name or "default", "template": text} for name, text in templates.items()]
     return config

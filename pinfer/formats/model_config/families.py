@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from pinfer.config import ExpertsConfig, ModelConfig
+from pinfer.config import ExpertsConfig, ModelConfig, RopeConfig
 from pinfer.formats.errors import FormatError, shown
 from pinfer.formats.model_config.keys import Keys
 from pinfer.formats.model_config.rope import read_rope
@@ -93,7 +93,7 @@ def _gemma3(keys: Keys) -> ModelConfig:
         **shape | _gemma_scales(keys, shape, _GEMMA3_27B_LAYERS),
         activation=keys.activation("gelu_tanh"),
         rope=rope,
-        rope_local=type(rope)(rope.dim, local_base, rope.style),
+        rope_local=RopeConfig(rope.dim, local_base, rope.style),
     )
 
 

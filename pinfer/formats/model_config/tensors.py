@@ -5,6 +5,7 @@ from __future__ import annotations
 from pinfer.config import ModelConfig
 from pinfer.formats.errors import shown
 from pinfer.formats.model_file import FLOAT_DTYPES, ModelFile
+from pinfer.formats.powerinfer import EMBEDDED, expect_neuron_major, is_neuron_major
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -95,6 +96,8 @@ def check_tensors(file: ModelFile, config: ModelConfig) -> None:
     """
     optional = optional_tensors(config)
     expected = expected_tensors(config) | {name: shape for name, shape in optional.items() if file.has(name)}
+    if is_neuron_major(file):
+        expected = expect_neuron_major(file, expected)
     for name, shape in expected.items():
         info = file.info(name)
         if info.shape != shape:
@@ -103,7 +106,7 @@ def check_tensors(file: ModelFile, config: ModelConfig) -> None:
             what = "a bias" if name.endswith(".bias") else "a norm"
             raise file.error(f"tensor {shown(name)} is {info.type}; {what} must be F32, F16 or BF16")
     for name in file.tensors:
-        if name not in expected:
+        if name not in expected and not name.startswith(EMBEDDED):
             raise file.error(f"tensor {shown(name)} is not supported yet for {config.architecture}")
     pair = [file.has(f"rope_factors_{which}.weight") for which in ("long", "short")]
     if any(pair) and not (all(pair) and config.rope and config.rope.original_context):
