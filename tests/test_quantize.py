@@ -125,7 +125,8 @@ def test_constant_blocks_keep_their_value(kind: QuantType, value: float) -> None
 )  # fmt: skip
 def test_any_scale_and_row_count(kind: QuantType, exponent: float, rows: int, blocks: int, seed: int) -> None:
     drawn = torch.randn(rows, 256 * blocks, generator=torch.Generator().manual_seed(seed))
-    assert relative_error(10**exponent * drawn, kind) <= 1.25 * LIMITS[kind]  # few weights: more spread
+    few = 1.25 + 0.5 / (rows * blocks) ** 0.5  # the fewer weights, the more one of them decides
+    assert relative_error(10**exponent * drawn, kind) <= few * LIMITS[kind]
 
 
 @each_type
