@@ -1,5 +1,6 @@
 """`pinfer` and `python -m pinfer`. Imports the command line late, so that Ctrl-C ends well even while torch loads."""
 
+import gc
 import os
 import signal
 import sys
@@ -11,8 +12,11 @@ def main() -> NoReturn:
     """Run the process's command line and exit with its code."""
     # torch and numpy swallow a KeyboardInterrupt, or break on it, while their C parts load.
     signal.signal(signal.SIGINT, _leave)
+    gc.disable()  # a tenth of a second goes into looking for garbage among modules
     from pinfer.cli.main import run
 
+    gc.freeze()
+    gc.enable()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
