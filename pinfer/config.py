@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "drelu"]
+Activation = Literal["silu", "gelu_tanh", "relu", "relu2", "drelu", "gelu"]
 Norm = Literal["rms", "layer"]
 RopeStyle = Literal["interleaved", "halves"]
 Method = Literal[

@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ from tests.gguf_files import write_tiny_llama
 
 pytestmark = pytest.mark.skipif(core_problem() is not None, reason=f"no CPU core: {core_problem()}")
 SPLITS = (0, 1, 25, 50, 99, 100)
+DELAYS = (Delays(to_cpu_s=3e-4, to_gpu_s=1e-4), Delays(kernel_s=5e-4, bandwidth=2e9))
 PROMPT, STEPS = [5, 40, 7, 260], 16
 
 
@@ -95,9 +97,8 @@ def told(request: pytest.FixtureRequest, wide: Path) -> tuple[Engine, list[Spars
     return engine, [cast(SparseFFN, block.ffn) for block in engine.model.blocks], greedy(engine)[0]
 
 
-@pytest.mark.parametrize("delays", [Delays(to_cpu_s=3e-4, to_gpu_s=1e-4), Delays(kernel_s=5e-4, bandwidth=2e9)])
 @pytest.mark.parametrize("one_predictor", [False, True])
-@pytest.mark.parametrize("cold_percent", SPLITS)
+@pytest.mark.parametrize(("cold_percent", "delays"), zip(SPLITS, cycle(DELAYS), strict=False))
 def test_same_tokens_as_one_device(
     told: tuple[Engine, list[SparseFFN], list[int]], cold_percent: int, one_predictor: bool, delays: Delays
 ) -> None:

@@ -121,17 +121,17 @@ OP = Op(
         {"type": "Q5_K", "tokens": 9, "neurons": 40, "width": 256, "density": 0.3, "gated": False,
          "with_gate_values": True, "masked": True, "activation": "relu2"},
         *(
-            {"type": "Q8_0", "tokens": tokens, "neurons": 41, "width": 64, "density": 0.4, "masked": tokens > 1,
-             "gated": False, "biased": True, "activation": "relu", "int8": int8}
-            for tokens in (1, 3, 19) for int8 in (False, True)
-        ),
-        *(
             {"type": "F16", "tokens": tokens, "neurons": 41, "width": 31, "density": 0.4, "biased": True,
              "with_gate_values": with_values, "activation": "relu", "cutoff": 0.5}
             for tokens in (1, 3, 19) for with_values in (False, True)
         ),
         {"type": "Q4_K", "width": 256, "activation": "relu", "cutoff": 0.3, "shifted": True, **_SMALL},
         {"type": "Q4_K", "width": 256, "activation": "gelu", "gated": False, "biased": True, **_SMALL},
+        *(
+            {"type": "Q8_0", "tokens": tokens, "neurons": 41, "width": 64, "density": 0.4, "masked": tokens > 1,
+             "gated": False, "biased": True, "activation": "relu", "int8": int8}
+            for tokens in (1, 3, 19) for int8 in (False, True)
+        ),
     ),
     bench_cases=tuple(
         {"type": name, "tokens": 1, "neurons": 11008, "width": 4096, "density": density, "int8": True}
