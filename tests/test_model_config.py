@@ -246,7 +246,8 @@ def test_keys_that_change_nothing_are_accepted(tmp_path: Path) -> None:
         "attention.clamp_kqv": f(0.0),
     }
     keys = LLAMA_KEYS | {f"llama.{name}": value for name, value in neutral.items()}
-    assert model_config(write_model(tmp_path / "m.gguf", keys)) == model_config(write_model(tmp_path / "m.gguf"))
+    found, plain = (model_config(write_model(tmp_path / "m.gguf", one)) for one in (keys, LLAMA_KEYS))
+    assert found == plain
 
 
 @pytest.mark.parametrize("name", LLAMA_KEYS)
