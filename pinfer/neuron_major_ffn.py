@@ -31,6 +31,9 @@ class NeuronMajorFFN(DenseFFN):
     ) -> None:
         self._turned: QuantTensor | None = None
         self._rows: QuantTensor | None = None
+        self._first_rows = lambda: (
+            down_rows
+        )  # in no attribute, where it would be moved and counted beside what is turned
         super().__init__(gate, up, down_rows, activation, gate_bias, down_bias, cutoff)
 
     @property
@@ -44,6 +47,11 @@ class NeuronMajorFFN(DenseFFN):
     @down.setter
     def down(self, rows: QuantTensor) -> None:
         self._rows = rows
+
+    def turn_back(self) -> None:
+        """Forget the turned matrix, which is made again where it is asked for; for an FFN that was not moved since."""
+        if self._turned is not None:
+            self._turned, self._rows = None, self._first_rows()
 
 
 def turn_down(model: nn.Module) -> None:

@@ -24,6 +24,7 @@ from pinfer.input_sparse_ffn import InputMajorWeights, InputSparseFFN
 from pinfer.kernels.activation import CLAMPS_UP, ZERO_BELOW_ZERO
 from pinfer.kernels.transpose import transpose_weights
 from pinfer.models import Experts, LayerWalk, Transformer
+from pinfer.neuron_major_ffn import NeuronMajorFFN
 from pinfer.overlap import Lane
 from pinfer.placement import Plan
 from pinfer.predictors import (
@@ -215,6 +216,8 @@ def _fit_layers(
             fitted.append(fit(ffn, inputs))
         except ValueError as problem:
             raise ValueError(f"{model.ffn_name(number)}: {problem}") from problem
+        if isinstance(ffn, NeuronMajorFFN):  # else the whole model's would be in memory by the last layer
+            ffn.turn_back()
     return fitted
 
 

@@ -276,6 +276,19 @@ def test_sign_bits_knows_of_a_bias() -> None:
     assert float(caught.sum() / active.sum()) < predictor.quality.recall - 0.05
 
 
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_gates_are_ranked_with_their_bias(activation: str, shifted: bool) -> None:
+    """The density asked for is reached on the very inputs: thresholds of gates without the bias would miss it."""
+    gate, up, down = (QuantTensor.from_dense(normal(*shape, seed=seed) / 8) for seed, shape in
+                      enumerate([(NEURONS, WIDTH), (NEURONS, WIDTH), (WIDTH, NEURONS)]))  # fmt: skip
+    bias = 2 * normal(NEURONS, seed=7)
+    matrices = FFNMatrices(gate, up, down, activation, bias)
+    predictor = fit_weighted_threshold(matrices, X, shifted=shifted).at_density(0.3)
+    named = computed_neurons(predictor(X, X), TOKENS)
+    assert float(named.float().mean()) == pytest.approx(0.3, abs=0.01)
+
+
 def test_low_rank_catches_what_a_bias_brings() -> None:
     example = Example()
     predictor = example.predictor("low_rank")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections import namedtuple
@@ -20,7 +21,8 @@ from pinfer.engine.mapped import fingerprint
 from pinfer.formats import open_model
 from pinfer.formats.huggingface.rope import llama3_factors
 from pinfer.formats.huggingface.write import write_folder
-from pinfer.formats.standard import write_standard
+from pinfer.formats.model_config import model_config
+from pinfer.formats.standard import computed_otherwise, write_standard
 from pinfer.kernels.ops import dequantize
 from pinfer.quant import BF16, F16, Q8_0, QuantType
 from tests.hf_folders import IDS, folder_of
@@ -49,6 +51,27 @@ def there_and_back(folder: Path, out: Path) -> tuple[Path, Path]:
     with open_model(gguf) as file:
         write_folder(file, back, None, dequantize)
     return gguf, back
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("prosparse", "silu in place of relu"), ("mistral-window", "attention without the window of 8"), ("gemma2", None)],
+)
+def test_what_llama_cpp_computes_otherwise_is_said(
+    name: str, said: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_folder(name, tmp_path / "hf")
+    assert run(["convert", str(folder), "-o", str(tmp_path / "m.gguf")]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert ("llama.cpp will read the file, but compute" in told) == (said is not None)
+    assert said is None or said in told
+
+
+def test_weights_of_experts_that_llama_cpp_normalises_are_said() -> None:
+    config = model_config(open_model(folder_of("qwen3-moe")))
+    assert config.experts is not None and computed_otherwise(config) == []
+    plain = dataclasses.replace(config, experts=dataclasses.replace(config.experts, normalised=False))
+    assert computed_otherwise(plain) == ["experts' weights normalised"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

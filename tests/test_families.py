@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn.functional import cosine_similarity
 
 from pinfer.benchmark.weight_bytes import StepBytes
-from pinfer.config import Method, ModelConfig, RunConfig
+from pinfer.config import ExpertsConfig, Method, ModelConfig, RunConfig
 from pinfer.engine import load_engine
 from pinfer.engine.place import place_model, runnable
 from pinfer.engine.plans import PLACED
@@ -23,17 +24,20 @@ from pinfer.engine.step import DecodeStep
 from pinfer.ffn import DenseFFN, SparseFFN
 from pinfer.formats import ModelFile, open_model
 from pinfer.formats.model_config import READERS, check_tensors, model_config
+from pinfer.formats.standard import write_standard
 from pinfer.kernels.activation import ZERO_BELOW_ZERO
 from pinfer.kernels.cpp import core_problem
 from pinfer.kernels.dequantize.reference import dequantize
 from pinfer.models import FAMILIES as BLOCKS
-from pinfer.models import LayerWalk, Transformer, build_model
+from pinfer.models import Experts, LayerWalk, Transformer, build_model
 from pinfer.models.weights import held_bytes
 from pinfer.overlap import Lane
 from pinfer.placement import Plan
 from pinfer.placement.memory import Reserves, memory
 from pinfer.predictors import Prediction
 from pinfer.quality import NeuronObserver
+from pinfer.quant import F32
+from pinfer.quantize import quantize
 from pinfer.sparsify import (
     LEAST_EXPERT_TOKENS,
     density,
@@ -333,6 +337,31 @@ class Changed:
 @pytest.fixture(params=WITH_EXPERTS)
 def moe(request: pytest.FixtureRequest) -> Iterator[str]:
     yield request.param
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("normalised", [False, True])
+def test_what_experts_weigh_is_what_transformers_says(tmp_path: Path, normalised: bool) -> None:
+    """Qwen 3's router by both values of `norm_topk_prob`, from the folder and from the GGUF made of it."""
+    folder = make_folder("qwen3-moe", tmp_path / "hf")
+    settings = json.loads((folder / "config.json").read_text()) | {"norm_topk_prob": normalised}
+    (folder / "config.json").write_text(json.dumps(settings))
+    file = open_model(folder)
+    write_standard(file, path := tmp_path / "m.gguf", None, dequantize)
+    tokens = tokens_for(model_config(file), SHORT)
+    expected = reference_logits(load_reference("qwen3-moe", folder), tokens)
+    for source in (file, open_model(path)):
+        config = model_config(source)
+        assert config.experts is not None and config.experts.normalised == normalised
+        model = build_model(source, config, SHORT)
+        assert_close(model(tokens, model.new_cache()), expected)
+
+
+def test_the_scale_of_experts_multiplies_what_they_weigh() -> None:
+    router = quantize(torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), F32)
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    plain, scaled = (Experts(router, [], ExpertsConfig(4, 2, scale=scale)) for scale in (1.0, 2.5))
+    assert torch.equal(scaled.routed(x)[0], 2.5 * plain.routed(x)[0])
 
 
 @torch.inference_mode()

@@ -216,6 +216,13 @@ BAD_KEYS: dict[str, tuple[Keys, str]] = {
     "cutoff without ReLU": ({"llama.hidden_activation_cutoff": f(0.5)}, "metadata of llama: cutoff 0.5 has no meaning"),
     "attention scale": ({"llama.attention.scale": f(-1.0)}, "'llama.attention.scale' must be finite and at least 0"),
     "softcap": ({"llama.final_logit_softcapping": f(30.0)}, "'llama.final_logit_softcapping' is 30.0"),
+    "ALiBi": ({"llama.attention.max_alibi_bias": f(8.0)}, "'llama.attention.max_alibi_bias' is 8.0: ALiBi is not"),
+    "clamping": ({"llama.attention.clamp_kqv": f(6.0)}, "'llama.attention.clamp_kqv' is 6.0"),
+    "logit scale": ({"llama.logit_scale": f(0.25)}, "'llama.logit_scale' is 0.25: scaling of logits is not"),
+    "residual scale": ({"llama.residual_scale": f(0.5)}, "'llama.residual_scale' is 0.5"),
+    "embedding scale": ({"llama.embedding_scale": f(12.0)}, "'llama.embedding_scale' is 12.0"),
+    "sigmoid router": ({"llama.expert_gating_func": u(2)}, "'llama.expert_gating_func' is 2: a router by another"),
+    "query temperature": ({"llama.attention.temperature_scale": f(0.5)}, "'llama.attention.temperature_scale' is 0.5"),
     "value width": ({"llama.attention.value_length": u(2)}, "'llama.attention.value_length' is 2"),
     "activation": ({"llama.hidden_activation": s("mish")}, "'llama.hidden_activation' is 'mish'"),
     "context 0": ({"llama.context_length": u(0)}, "'llama.context_length' must lie in"),
@@ -229,6 +236,18 @@ def test_bad_key_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(FormatError) as caught:
         model_config(file)
     assert str(tmp_path / "m.gguf") in str(caught.value) and message in str(caught.value)
+
+
+def test_keys_that_change_nothing_are_accepted(tmp_path: Path) -> None:
+    neutral: Keys = {
+        "logit_scale": f(1.0),
+        "residual_scale": f(0.0),
+        "expert_gating_func": u(1),
+        "attention.clamp_kqv": f(0.0),
+    }
+    keys = LLAMA_KEYS | {f"llama.{name}": value for name, value in neutral.items()}
+    found, plain = (model_config(write_model(tmp_path / "m.gguf", one)) for one in (keys, LLAMA_KEYS))
+    assert found == plain
 
 
 @pytest.mark.parametrize("name", LLAMA_KEYS)

@@ -17,10 +17,12 @@ from pinfer.ffn import SparseFFN
 from pinfer.formats import open_model
 from pinfer.formats.model_config import check_tensors, model_config
 from pinfer.formats.powerinfer import read_gpu_index
+from pinfer.kernels.transpose import transpose_weights
+from pinfer.models import build_model
 from pinfer.neuron_major_ffn import NeuronMajorFFN
 from pinfer.predictors import MLP
 from pinfer.quant import F16, F32, Q4_0, QuantTensor, QuantType
-from pinfer.sparsify import density, predictor_bytes
+from pinfer.sparsify import density, fit_gate_threshold_predictors, predictor_bytes
 from tests.powerinfer_files import ARCHITECTURES, LAYERS, NEURONS, Tensors, write_gpu_index, write_powerinfer
 
 PROMPT = "hello world, the hello hell"
@@ -276,6 +278,38 @@ def test_values_beside_0_and_1_and_files_cut_short_are_refused(tmp_path: Path) -
 def test_inspecting_one(files: Callable[[str, QuantType], Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", str(files("falcon", Q4_0))]) == OK
     assert "PowerInfer GGUF v3" in capsys.readouterr().out
+
+
+def test_a_fit_keeps_one_turned_matrix_at_a_time(
+    files: Callable[[str, QuantType], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the model computes densely after it as before."""
+    file = open_model(files("llama", Q4_0))
+    model = build_model(file, model_config(file), 32)
+    ffns = [ffn for ffn in model.ffns() if isinstance(ffn, NeuronMajorFFN)]
+    held: list[int] = []
+
+    def turning(rows: QuantTensor) -> tuple[QuantTensor, float]:
+        held.append(sum(ffn._turned is not None for ffn in ffns))
+        return transpose_weights(rows)
+
+    monkeypatch.setattr("pinfer.neuron_major_ffn.transpose_weights", turning)
+    tokens = torch.arange(5, 25)
+    with torch.inference_mode():
+        fit_gate_threshold_predictors(model, [tokens, tokens + 3])
+        assert held == LAYERS * [0]
+        again = model(tokens, model.new_cache())
+        assert torch.equal(again, model(tokens, model.new_cache()))
+    assert len(held) == 2 * LAYERS
+    assert torch.equal(again, logits_of_ids(files("llama", Q4_0), tokens))
+
+
+def logits_of_ids(path: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Those of a dense model that nothing was fitted on."""
+    file = open_model(path)
+    model = build_model(file, model_config(file), 32)
+    with torch.inference_mode():
+        return model(tokens, model.new_cache())
 
 
 def test_the_dense_ffn_is_the_usual_one(files: Callable[[str, QuantType], Path]) -> None:

@@ -25,6 +25,7 @@ from pinfer.formats.gguf import GGUFFile
 from pinfer.formats.pages import release_pages
 from pinfer.kernels.transpose import transpose_weights
 from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
+from tests.hf_models import make_folder
 
 DOWN = ".pinfer-down.gguf"
 
@@ -101,6 +102,14 @@ def test_the_file_holds_each_layers_transpose(tmp_path: Path, weight_type: str, 
             assert torch.equal(ffn.weights.down.blocks, expected.blocks)
             assert ffn.weights.down_error == pytest.approx(error, rel=1e-6)
             assert (error == 0) is exact
+
+
+def test_what_was_transposed_is_let_go_of(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a model's `down` would stay in memory twice after its first start."""
+    released: list[int] = []
+    monkeypatch.setattr(prepared, "release_pages", lambda weight: released.append(weight.blocks.data_ptr()))
+    engine = load(model)
+    assert {engine.file.tensor(f"blk.{layer}.ffn_down.weight").blocks.data_ptr() for layer in range(2)} <= set(released)
 
 
 def test_other_programs_can_read_the_file(model: Path) -> None:
@@ -425,6 +434,15 @@ def test_other_settings_have_their_own_file(model: Path, fitted: list[int], othe
         load(model, **{**LOW_RANK, **other})
     assert len(fitted) == 2
     assert len(list(model.parent.glob("*.safetensors"))) == 2
+
+
+def test_a_context_that_turns_positions_otherwise_has_its_own_file(tmp_path: Path, fitted: list[int]) -> None:
+    """Phi-3's long factors, from the context on that the short ones were made for: 32."""
+    model = make_folder("phi3-longrope", tmp_path / "phi")
+    for context in (16, 32, 33, 64):
+        load(model, method="gate_threshold", sparsity=0.5, context=context)
+    assert len(fitted) == 2
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
 def test_predictors_fitted_by_another_rule_are_fitted_again(

@@ -20,7 +20,7 @@ from pinfer.formats.huggingface.write import folder_bytes, write_folder
 from pinfer.formats.model_config import check_tensors, model_config
 from pinfer.formats.powerinfer import is_neuron_major
 from pinfer.formats.row_major import RowMajor
-from pinfer.formats.standard import standard_tensors, write_standard
+from pinfer.formats.standard import computed_otherwise, standard_tensors, write_standard
 from pinfer.kernels.ops import dequantize
 from pinfer.quant import BY_NAME, QuantType
 
@@ -62,6 +62,8 @@ def convert_command(
     with open_model(Path(source)) as file:
         check_tensors(file, model_config(file))
         _check_output(file, path, form, force)
+        if form == "gguf" and (otherwise := computed_otherwise(model_config(file))):
+            note(f"llama.cpp will read the file, but compute {', '.join(otherwise)}")
         started = time.perf_counter()
         bundled = bundle(file, path, predictor_path, down_type) if form == "pinfer" else None
         n_bytes = bundled.nbytes if bundled else _write(file, path, form, kind, force)

@@ -73,11 +73,9 @@ def sequences_to_fit_on(
     return cut(tokenizer, text, wanted, context, FIT_SEQUENCE, LEAST_SEQUENCES)
 
 
-def fit_settings_key(
-    how: FitSettings, config: ModelConfig, sequences: list[torch.Tensor], int8: bool
-) -> dict[str, Any]:
+def fit_settings_key(how: FitSettings, model: Transformer, sequences: list[torch.Tensor], int8: bool) -> dict[str, Any]:
     """All that fitted predictors depend on beside the model's file, as plain data."""
-    return dataclasses.asdict(how) | {"version": FIT_VERSION} | walk_settings(sequences, config, int8)
+    return dataclasses.asdict(how) | {"version": FIT_VERSION} | walk_settings(sequences, model, int8)
 
 
 def fit_predictors(

@@ -383,5 +383,5 @@ def _fitted(engine: Engine, prepared: Prepared) -> Sequence[Predictor]:
         _lay_out(engine.model)
         return fit_predictors(engine.model, how, sequences, prepared.progress)
 
-    key = fit_settings_key(how, engine.config, sequences, engine.int8)
+    key = fit_settings_key(how, engine.model, sequences, engine.int8)
     return prepared.predictors(engine.method, key, fit, gates_of(engine.model))

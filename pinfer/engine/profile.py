@@ -82,7 +82,7 @@ def figures_of(layers: tuple[LayerStatistics, ...]) -> dict[str, Any]:
 
 def _settings(engine: Engine, text: Text, sequences: list[torch.Tensor]) -> dict[str, Any]:
     """All that the statistics depend on beside the model, as plain data. The number of threads is not part of it."""
-    return {"text_sha256": text.sha256, **walk_settings(sequences, engine.config, engine.int8)}
+    return {"text_sha256": text.sha256, **walk_settings(sequences, engine.model, engine.int8)}
 
 
 def _measure(

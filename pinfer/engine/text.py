@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from pinfer.config import ModelConfig
 from pinfer.formats.tokenizer import Tokenizer
+from pinfer.models import Transformer
 
 ASSETS = Path(__file__).parent.parent / "assets"
 CALIBRATION_TEXT = ASSETS / "calibration.txt"
@@ -79,7 +79,7 @@ def cut(
     return [torch.tensor(start + ids[at : at + length]) for at in range(0, count * stride, stride)]
 
 
-def walk_settings(sequences: Sequence[torch.Tensor], config: ModelConfig, int8: bool) -> dict[str, Any]:
+def walk_settings(sequences: Sequence[torch.Tensor], model: Transformer, int8: bool) -> dict[str, Any]:
     """What a model's activations on sequences int64 [T] depend on beside its file, as plain data."""
     ids = hashlib.sha256()
     for tokens in sequences:
@@ -88,6 +88,6 @@ def walk_settings(sequences: Sequence[torch.Tensor], config: ModelConfig, int8: 
         "ids_sha256": ids.hexdigest(),
         "sequences": len(sequences),
         "tokens": sum(len(tokens) for tokens in sequences),
-        "activation": config.activation,
+        "activation": model.config.activation,
         "int8": int8,
-    }
+    } | ({"long_rope": True} if model.long_rope else {})

@@ -158,7 +158,7 @@ class _Run:
         self._plan = plan_of(engine, sequences, settings)
         key = {
             "fingerprint": fingerprint(engine.file, timed=False),
-            **walk_settings(sequences, engine.config, engine.int8),
+            **walk_settings(sequences, engine.model, engine.int8),
             **asdict(settings),
         }
         self._checkpoint = Checkpoint(folder, key)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pinfer.config import ModelConfig
 from pinfer.formats.fused import fused_groups
 from pinfer.formats.gguf_writer import Outgoing, fuse, metadata_of, stored, write_gguf
 from pinfer.formats.model_file import FLOAT_DTYPES, ModelFile
@@ -14,6 +15,22 @@ from pinfer.formats.type_mix import FILE_TYPES
 from pinfer.quant import F32, QuantType
 
 _ROUTER = ".ffn_gate_inp.weight"
+# What llama.cpp computes for an architecture, whatever a file says.
+_ACTIVATIONS = {"llama": "silu", "qwen2": "silu", "qwen3": "silu", "qwen3moe": "silu", "phi3": "silu",
+                "gemma2": "gelu_tanh", "gemma3": "gelu_tanh"}  # fmt: skip
+_WITHOUT_WINDOWS = ("llama", "qwen2", "qwen3", "qwen3moe", "phi3")
+
+
+def computed_otherwise(config: ModelConfig) -> list[str]:
+    """What llama.cpp, which has no keys for it, computes in another way of a model's GGUF; empty where it agrees."""
+    known, found = _ACTIVATIONS.get(config.architecture), []
+    if known is not None and config.activation != known:
+        found.append(f"{known} in place of {config.activation}")
+    if config.sliding and config.architecture in _WITHOUT_WINDOWS:
+        found.append(f"attention without the window of {config.sliding_window}")
+    if config.experts is not None and not config.experts.normalised:
+        found.append("experts' weights normalised")
+    return found
 
 
 def write_standard(

@@ -44,7 +44,8 @@ class Transformer(nn.Module):
         self.position_embedding = None  # [positions, D] where they are learned
         if config.rope is None:
             self.position_embedding = weights.tensor("position_embd.weight")[config.position_offset :]
-        rope = None if config.rope is None else Rope(config.rope, _frequency_factors(weights, config.rope, context))
+        self.long_rope = _turns_by_long_factors(weights, config.rope, context)
+        rope = None if config.rope is None else Rope(config.rope, _frequency_factors(weights, self.long_rope))
         local = rope if config.rope_local is None else Rope(config.rope_local)
         self.ropes = tuple({id(one): one for one in (rope, local) if one is not None}.values())
         ropes = [local if config.is_sliding(layer) else rope for layer in range(config.n_layers)]
@@ -162,12 +163,17 @@ def _on(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return x if x.device == device else x.to(device)
 
 
-def _frequency_factors(weights: WeightSource, rope: RopeConfig, context: int) -> torch.Tensor | None:
-    """Llama 3's, or of Phi-3's two kinds the one for a run of that context, as llama.cpp chooses; None without."""
-    if weights.has("rope_freqs.weight"):
-        return weights.vector("rope_freqs.weight")
-    if not weights.has("rope_factors_long.weight"):
-        return None
+def _turns_by_long_factors(weights: WeightSource, rope: RopeConfig | None, context: int) -> bool:
+    """Whether a run of that context takes the second of Phi-3's two kinds of factors, as llama.cpp chooses."""
+    if rope is None or not weights.has("rope_factors_long.weight"):
+        return False
     assert rope.original_context is not None  # `check_tensors` asks for it
-    which = "long" if context > rope.original_context else "short"
-    return weights.vector(f"rope_factors_{which}.weight")
+    return context > rope.original_context
+
+
+def _frequency_factors(weights: WeightSource, long: bool) -> torch.Tensor | None:
+    """Llama 3's, or of Phi-3's two kinds the long or the short one; None without."""
+    for name in ("rope_freqs", f"rope_factors_{'long' if long else 'short'}"):
+        if weights.has(f"{name}.weight"):
+            return weights.vector(f"{name}.weight")
+    return None

@@ -103,8 +103,8 @@ def _refit(engine: Engine, plan: PredictorPlan, parts: Parts) -> Refit:
 
 def _of(engine: Engine, parts: Parts, name: str) -> dict[str, Any]:
     sequences: list[torch.Tensor] = getattr(parts, name)
-    found = walk_settings(sequences, engine.config, engine.int8)
-    return {key: found[key] for key in ("ids_sha256", "tokens", "activation", "int8")}
+    found = walk_settings(sequences, engine.model, engine.int8)
+    return {key: one for key, one in found.items() if key != "sequences"}
 
 
 class _Measured:

@@ -72,9 +72,9 @@ class PredictorPlan:
     def settings(self, engine: Engine, sequences: list[torch.Tensor]) -> dict[str, Any]:
         """All that the predictors depend on beside the model, as plain data."""
         if self.fit is not None:
-            return fit_settings_key(self.fit, engine.config, sequences, engine.int8)
+            return fit_settings_key(self.fit, engine.model, sequences, engine.int8)
         assert self.train is not None
-        return asdict(self.train) | walk_settings(sequences, engine.config, engine.int8)
+        return asdict(self.train) | walk_settings(sequences, engine.model, engine.int8)
 
 
 def make_predictors(

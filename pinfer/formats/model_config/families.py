@@ -16,6 +16,22 @@ _GEMMA2_27B_LAYERS = 46
 _GEMMA3_27B_LAYERS = 62
 _OPT_POSITION_OFFSET = 2
 
+# Keys that some architecture of llama.cpp computes by, and none here: the values that change nothing, and what they ask for.
+_UNSUPPORTED: tuple[tuple[str, type[Any], tuple[object, ...], str], ...] = (
+    ("attention.causal", bool, (True,), "attention to later tokens is"),
+    ("attention.max_alibi_bias", float, (0.0,), "ALiBi is"),
+    ("attention.clamp_kqv", float, (0.0,), "clamping of queries, keys and values is"),
+    ("attention.output_scale", float, (0.0, 1.0), "scaling of attention's output is"),
+    ("attention.temperature_scale", float, (0.0,), "scaling of queries by position is"),
+    ("attention.shared_kv_layers", int, (0,), "sharing of keys among layers is"),
+    ("logit_scale", float, (0.0, 1.0), "scaling of logits is"),
+    ("residual_scale", float, (0.0, 1.0), "scaling of what layers add is"),
+    ("embedding_scale", float, (0.0, 1.0), "a stated scale of embeddings is"),
+    ("router_logit_softcapping", float, (0.0,), "capping of the router is"),
+    ("expert_gating_func", int, (0, 1), "a router by another function than softmax is"),
+    ("rope.scaling.alpha", float, (0.0,), "scaling of rope's base is"),
+)
+
 Reader = Callable[[Keys], ModelConfig]
 
 
@@ -29,10 +45,11 @@ def model_config(file: ModelFile) -> ModelConfig:
     if keys.architecture not in READERS:
         supported = ", ".join(READERS)
         raise file.error(f"architecture {shown(keys.architecture)} is not supported yet; supported: {supported}")
-    keys.refuse("attention.causal", bool, True, "attention to later tokens is")
+    for key, kind, neutral, what in _UNSUPPORTED:
+        keys.refuse(key, kind, neutral, what)
     if keys.architecture != "gemma2":
-        keys.refuse("attn_logit_softcapping", float, 0.0, "capping of attention scores is")
-        keys.refuse("final_logit_softcapping", float, 0.0, "capping of logits is")
+        keys.refuse("attn_logit_softcapping", float, (0.0,), "capping of attention scores is")
+        keys.refuse("final_logit_softcapping", float, (0.0,), "capping of logits is")
     try:
         return READERS[keys.architecture](keys)
     except FormatError:
@@ -212,8 +229,8 @@ def _windows(keys: Keys, n_layers: int, window: int, period: int | None) -> dict
 
 def _experts(keys: Keys) -> ExpertsConfig | None:
     """The mixture of experts of a file that states their number; llama.cpp always normalises for these architectures."""
-    keys.refuse("expert_shared_count", int, 0, "experts that every token goes to are")
-    keys.refuse("expert_group_count", int, 0, "groups of experts are")
+    keys.refuse("expert_shared_count", int, (0,), "experts that every token goes to are")
+    keys.refuse("expert_group_count", int, (0,), "groups of experts are")
     count = keys.count("expert_count", 0, least=0)
     if not count:
         return None

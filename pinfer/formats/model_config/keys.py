@@ -70,10 +70,10 @@ class Keys:
             raise self.error(key, f"must be finite and at least 0, not {value}")
         return value
 
-    def refuse(self, key: str, kind: type[Any], neutral: object, what: str) -> None:
-        """Fail if `key` is there with any but its `neutral` value."""
-        value = self.file.get(self.name(key), kind, neutral)
-        if value != neutral:
+    def refuse(self, key: str, kind: type[Any], neutral: tuple[object, ...], what: str) -> None:
+        """Fail if `key` is there with a value that is not among its `neutral` ones."""
+        value = self.file.get(self.name(key), kind, neutral[0])
+        if value not in neutral:
             raise self.error(key, f"is {value}: {what} not supported yet")
 
     def fraction(self, key: str) -> float:

@@ -37,8 +37,8 @@ def read_rope(keys: Keys, head_dim: int, style: RopeStyle, base: float = 10000.0
 
 
 def _yarn(keys: Keys) -> YarnConfig:
-    keys.refuse("rope.scaling.yarn_ext_factor", float, 1.0, "a part of YaRN is")
-    keys.refuse("rope.scaling.yarn_log_multiplier", float, 0.0, "YaRN's multiplier of DeepSeek is")
+    keys.refuse("rope.scaling.yarn_ext_factor", float, (1.0,), "a part of YaRN is")
+    keys.refuse("rope.scaling.yarn_log_multiplier", float, (0.0,), "YaRN's multiplier of DeepSeek is")
     fast = keys.positive("rope.scaling.yarn_beta_fast", YarnConfig.beta_fast)
     slow = keys.positive("rope.scaling.yarn_beta_slow", YarnConfig.beta_slow)
     if fast < slow:
