@@ -18,13 +18,20 @@ STALE_TEMPORARY_S = 3600  # a writer touches its file every few seconds
 
 
 def temporary(path: Path) -> IO[bytes]:
-    """A new file to be renamed to `path`; those that a killed process left behind go."""
+    """A new file to be renamed to `path`; those that a killed process left behind go. ValueError for a device there."""
+    check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in leftovers(path.parent, path.name):
         with contextlib.suppress(OSError):
             if time.time() - old.stat().st_mtime > STALE_TEMPORARY_S:
                 old.unlink()
     return tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False)
+
+
+def check_replaceable(path: Path) -> None:
+    """ValueError where something lies at `path` that is no file: a rename would put a file in the place of /dev/null."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path}: this is no regular file, and would be replaced by one")
 
 
 def leftovers(folder: Path, name: str | None = None) -> list[Path]:

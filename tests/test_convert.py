@@ -166,6 +166,17 @@ def test_what_is_there_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFix
     assert "is a folder" in said(["convert", old, "-o", mine, "--to", "gguf", "--force"])
 
 
+def test_a_device_is_not_replaced_by_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rename would put a file in the place of /dev/null for everyone; a pipe stands for it here."""
+    device = tmp_path / "null"
+    os.mkfifo(device)
+    for command in (["convert", "--to", "gguf", "--force"], ["convert", "--to", "pinfer", "--force"]):
+        assert f"{device}: this is no regular file" in refused([*command, SHIPPED_MODEL, "-o", device], capsys)
+    assert run(["quantize", str(SHIPPED_MODEL), "-o", str(device), "--type", "q4_0"]) == 2
+    assert device.is_fifo()
+    assert list(tmp_path.iterdir()) == [device]
+
+
 @pytest.mark.parametrize("to", ["gguf", "hf"])
 def test_a_failure_leaves_nothing(to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A weight that F16 cannot hold stops the writing in its middle."""

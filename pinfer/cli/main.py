@@ -34,6 +34,7 @@ from pinfer.cli import (
     tokenize,
     train,
 )
+from pinfer.cli.console import printable
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -134,7 +135,7 @@ def _offending(error: Exception, arguments: Sequence[str]) -> str:
 
 def _fail(message: str, code: int) -> int:
     with contextlib.suppress(OSError, AttributeError):  # stderr may be closed as well
-        print(f"pinfer: {message}", file=sys.stderr, flush=True)
+        print(f"pinfer: {printable(message).plain}", file=sys.stderr, flush=True)
     return code
 
 
