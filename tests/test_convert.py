@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
@@ -164,6 +168,42 @@ def test_what_is_there_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFix
     assert "read from it" in said(["convert", old, "-o", old, "--force"])
     assert "read from it" in said(["convert", source, "-o", source, "--to", "hf", "--force"])
     assert "is a folder" in said(["convert", old, "-o", mine, "--to", "gguf", "--force"])
+
+
+def test_outputs_that_cannot_be_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    for to in ("gguf", "hf"):
+        below = tmp_path / "file" / "out"
+        line = refused(["convert", SHIPPED_MODEL, "-o", below, "--to", to], capsys)
+        assert line.endswith(f"{below}: {tmp_path / 'file'} is no folder")
+    assert "-o is empty" in refused(["convert", SHIPPED_MODEL, "-o", ""], capsys)
+
+    def read_only(*_: object, **__: object) -> str:
+        raise OSError(errno.EROFS, "Read-only file system", str(tmp_path / ".out.1234.tmp"))
+
+    monkeypatch.setattr("pinfer.files.tempfile.mkdtemp", read_only)
+    line = refused(["convert", SHIPPED_MODEL, "-o", tmp_path / "out"], capsys, code=1)
+    assert line.endswith(f"{tmp_path / 'out'}: Read-only file system")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("to", ["gguf", "hf"])
+def test_a_signal_leaves_nothing_half_written(name: str, to: str, tmp_path: Path) -> None:
+    """As a scheduler, a closed terminal and Ctrl-C end a run; it is held where the file is half-written."""
+    script = (
+        "import os, signal\n"
+        "from pinfer.__main__ import main\n"
+        "from pinfer.cli import convert\n"
+        f"convert.dequantize = lambda _: os.kill(os.getpid(), signal.{name})\n"
+        "main()\n"
+    )
+    arguments = ["convert", str(SHIPPED_MODEL), "-o", str(tmp_path / "out"), "--to", to, "--type", "f16"]
+    process = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, timeout=120)
+    assert process.returncode == 128 + getattr(signal, name)
+    assert process.stderr.endswith(b"pinfer: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_device_is_not_replaced_by_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

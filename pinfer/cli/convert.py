@@ -56,6 +56,8 @@ def convert_command(
     json: options.Json = False,
 ) -> None:
     """Write a model in another form, its weights as they are or as floats; `pinfer quantize` makes them smaller."""
+    if not output:
+        raise ValueError("-o is empty: name the file or folder to write")
     path = Path(output)
     form, kind = _form(to, path), _kind(type_name)
     _check_options(form, type_name, predictor_path, down_type)
