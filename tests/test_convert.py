@@ -144,6 +144,19 @@ def test_command_writes_gguf_and_folder(tmp_path: Path, capsys: pytest.CaptureFi
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "m.gguf"]
 
 
+def test_an_activation_that_llama_cpp_ignores_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It opens the file without a word and computes SiLU."""
+    said = "llama.cpp ignores llama.hidden_activation (relu)"
+    for name, expected in (("relu-llama", True), ("llama2", False)):
+        gguf = tmp_path / f"{name}.gguf"
+        assert run(["convert", str(folder_of(name)), "-o", str(gguf)]) == 0
+        assert (said in capsys.readouterr().err) is expected
+        assert run(["quantize", str(gguf), "-o", str(tmp_path / "q"), "--type", "q8_0", "--force"]) == 0
+        assert (said in capsys.readouterr().err) is expected
+        assert run(["convert", str(gguf), "-o", str(tmp_path / name)]) == 0
+        assert "llama.cpp" not in capsys.readouterr().err
+
+
 def refused(arguments: list[object], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
     """The one line that a command line ends with."""
     assert run([str(one) for one in arguments]) == code

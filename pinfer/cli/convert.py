@@ -68,6 +68,8 @@ def convert_command(
         bundled = bundle(file, path, predictor_path, down_type) if form == "pinfer" else None
         n_bytes = bundled.nbytes if bundled else _write(file, path, form, kind, force)
         seconds = time.perf_counter() - started
+        if form == "gguf":
+            tell_of_activation(file)
         n_tensors = len(file.tensors)
         more = figures(file, bundled) if bundled else {}
     if json:
@@ -115,6 +117,13 @@ def _check_output(file: ModelFile, path: Path, form: str, force: bool) -> None:
         read |= {folder for part in file.parts for folder in (*part.path.resolve().parents, part.path.parent.resolve())}
     if path.resolve() in read:
         raise ValueError(f"{path}: the model is read from it; name another output")
+
+
+def tell_of_activation(file: ModelFile) -> None:
+    """Say so where llama.cpp would open what is written and compute something else."""
+    key = f"{file.architecture}.hidden_activation"
+    if key in file.metadata:
+        note(f"llama.cpp ignores {key} ({file.get(key, str)}): it opens the file, and computes its own activation")
 
 
 def _write(file: ModelFile, path: Path, form: str, kind: QuantType | None, force: bool) -> int:

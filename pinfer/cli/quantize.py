@@ -13,6 +13,7 @@ from rich.table import Table
 
 from pinfer.cli import options
 from pinfer.cli.console import console, emit_json, note, printable, size
+from pinfer.cli.convert import tell_of_activation
 from pinfer.cli.generate import Threads
 from pinfer.cli.progress import duration, written
 from pinfer.config import RunConfig
@@ -54,6 +55,7 @@ def quantize_command(
         if not dry_run:
             with written(sum(one.nbytes for one in chosen)) as progress:
                 found = quantize_model(file, type_name, path, fused=fused, threads=count, progress=progress)
+            tell_of_activation(file)
         seconds = time.perf_counter() - started
     if json:
         emit_json(_figures(path, type_name, found, None if dry_run else seconds))
