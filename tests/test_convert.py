@@ -157,6 +157,15 @@ def test_an_activation_that_llama_cpp_ignores_is_said(tmp_path: Path, capsys: py
         assert "llama.cpp" not in capsys.readouterr().err
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="file systems of others hold Unicode names alone")
+def test_a_folder_whose_name_is_no_unicode(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"model \xff")
+    folder.symlink_to(folder_of("llama2"))
+    assert run(["convert", str(folder), "-o", str(tmp_path / "m.gguf")]) == 0
+    with open_model(tmp_path / "m.gguf") as file:
+        assert file.metadata["general.name"] == "model ?"
+
+
 def refused(arguments: list[object], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
     """The one line that a command line ends with."""
     assert run([str(one) for one in arguments]) == code
@@ -207,6 +216,7 @@ def test_a_signal_leaves_nothing_half_written(name: str, to: str, tmp_path: Path
     """As a scheduler, a closed terminal and Ctrl-C end a run; it is held where the file is half-written."""
     script = (
         "import os, signal\n"
+        f"signal.signal(signal.{name}, signal.SIG_DFL)\n"  # these tests may run under nohup
         "from pinfer.__main__ import main\n"
         "from pinfer.cli import convert\n"
         f"convert.dequantize = lambda _: os.kill(os.getpid(), signal.{name})\n"
