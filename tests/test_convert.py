@@ -144,6 +144,15 @@ def test_command_writes_gguf_and_folder(tmp_path: Path, capsys: pytest.CaptureFi
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "m.gguf"]
 
 
+def test_forms_and_floats_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["convert", str(SHIPPED_MODEL), "-o", str(tmp_path / "M.GGUF")]) == 0
+    assert (tmp_path / "M.GGUF").is_file()
+    for kind, said in (("keep", True), ("f16", False)):
+        capsys.readouterr()
+        assert run(["convert", str(SHIPPED_MODEL), "-o", str(tmp_path / kind), "--type", kind]) == 0
+        assert ("Q8_0 became F16: a folder has floats alone" in capsys.readouterr().err) is said
+
+
 def test_an_activation_that_llama_cpp_ignores_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It opens the file without a word and computes SiLU."""
     said = "llama.cpp ignores llama.hidden_activation (relu)"

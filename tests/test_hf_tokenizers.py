@@ -147,6 +147,16 @@ class TestMetadata:
         assert metadata[f"{KEY}token_type"][-5:] == [NORMAL] + [UNUSED] * 4
         assert metadata[f"{KEY}add_bos_token"] and metadata[f"{KEY}add_space_prefix"]
 
+    def test_turn_marks_that_a_folder_calls_ordinary_are_control_tokens(self, tmp_path: Path) -> None:
+        """As llama.cpp's converter has it: no reader of the file may take them out of a user's text."""
+        content = json.loads((folder("llama3") / "tokenizer.json").read_text())
+        for token in content["added_tokens"]:
+            token["special"] = False
+        content["added_tokens"][-1]["content"] = "<think>"
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        types = tokenizer_metadata(tmp_path)[f"{KEY}token_type"]
+        assert types[900:906] == [CONTROL] * 5 + [USER_DEFINED]
+
     def test_scores_of_tokenizer_model_are_taken(self) -> None:
         both, model = (
             tokenizer_metadata(folder("llama2_both")),

@@ -18,6 +18,7 @@ from pinfer.formats import ModelFile, open_model
 from pinfer.formats.huggingface.folder import CONFIG
 from pinfer.formats.huggingface.write import folder_bytes, write_folder
 from pinfer.formats.model_config import check_tensors, model_config
+from pinfer.formats.model_file import FLOAT_DTYPES
 from pinfer.formats.powerinfer import is_neuron_major
 from pinfer.formats.row_major import RowMajor
 from pinfer.formats.standard import standard_tensors, write_standard
@@ -37,12 +38,16 @@ def convert_command(
         typer.Option(
             "--to",
             metavar="FORM",
-            help="gguf, hf or pinfer (one file with hot neurons first and predictors); left out: gguf for a name ending in .gguf, else hf.",
+            help="gguf, hf or pinfer (one file with hot neurons first and predictors); left out: gguf for a name ending in .gguf, else hf, a folder.",
         ),
     ] = None,
     type_name: Annotated[
         str,
-        typer.Option("--type", metavar="TYPE", help=f"{', '.join(TYPES)} or {KEEP}: the type of matrices."),
+        typer.Option(
+            "--type",
+            metavar="TYPE",
+            help=f"{', '.join(TYPES)} or {KEEP}: the type of matrices; in a folder, quantised ones become f16.",
+        ),
     ] = KEEP,
     predictor_path: Annotated[
         str | None,
@@ -70,6 +75,8 @@ def convert_command(
         seconds = time.perf_counter() - started
         if form == "gguf":
             tell_of_activation(file)
+        elif form == "hf" and kind is None:
+            _tell_of_floats(file)
         n_tensors = len(file.tensors)
         more = figures(file, bundled) if bundled else {}
     if json:
@@ -90,7 +97,7 @@ def _check_options(form: str, type_name: str, predictor_path: str | None, down_t
 
 
 def _form(to: str | None, path: Path) -> str:
-    form = to or ("gguf" if path.suffix == ".gguf" else "hf")
+    form = to or ("gguf" if path.suffix.lower() == ".gguf" else "hf")
     if form not in FORMS:
         raise ValueError(f"--to {form} is none of {', '.join(FORMS)}")
     return form
@@ -124,6 +131,12 @@ def tell_of_activation(file: ModelFile) -> None:
     key = f"{file.architecture}.hidden_activation"
     if key in file.metadata:
         note(f"llama.cpp ignores {key} ({file.get(key, str)}): it opens the file, and computes its own activation")
+
+
+def _tell_of_floats(file: ModelFile) -> None:
+    """Say so where a folder has floats for quantised weights."""
+    if quantised := sorted({str(info.type) for info in file.tensors.values() if info.type not in FLOAT_DTYPES}):
+        note(f"{', '.join(quantised)} became F16: a folder has floats alone")
 
 
 def _write(file: ModelFile, path: Path, form: str, kind: QuantType | None, force: bool) -> int:
