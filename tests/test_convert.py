@@ -21,6 +21,7 @@ from pinfer.cli.main import run
 from pinfer.config import RunConfig
 from pinfer.engine import SHIPPED_MODEL, load_engine
 from pinfer.engine.mapped import fingerprint
+from pinfer.files import appearing_folder
 from pinfer.formats import open_model
 from pinfer.formats.huggingface.rope import llama3_factors
 from pinfer.formats.huggingface.write import write_folder
@@ -236,6 +237,25 @@ def test_a_signal_leaves_nothing_half_written(name: str, to: str, tmp_path: Path
     assert process.returncode == 128 + getattr(signal, name)
     assert process.stderr.endswith(b"pinfer: interrupted\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("old")
+    rename = os.rename
+
+    def fails(source: Path, target: Path) -> None:
+        if Path(target) == tmp_path / "model" and not str(source).endswith(".old"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr("pinfer.files.os.rename", fails)
+    with pytest.raises(PermissionError), appearing_folder(tmp_path / "model", replace=True) as made:
+        (made / "config.json").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "config.json").read_text() == "old"
 
 
 def test_a_device_is_not_replaced_by_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
