@@ -18,13 +18,28 @@ STALE_TEMPORARY_S = 3600  # a writer touches its file every few seconds
 
 
 def temporary(path: Path) -> IO[bytes]:
-    """A new file to be renamed to `path`; those that a killed process left behind go."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A new file to be renamed to `path`; those that a killed process left behind go. ValueError for a device there."""
+    check_replaceable(path)
+    _make_parent(path)
     for old in leftovers(path.parent, path.name):
         with contextlib.suppress(OSError):
             if time.time() - old.stat().st_mtime > STALE_TEMPORARY_S:
                 old.unlink()
     return tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False)
+
+
+def check_replaceable(path: Path) -> None:
+    """ValueError where something lies at `path` that is no file: a rename would put a file in the place of /dev/null."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path}: this is no regular file, and would be replaced by one")
+
+
+def _make_parent(path: Path) -> None:
+    """NotADirectoryError where a part of the way to `path` is a file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as problem:
+        raise NotADirectoryError(errno.ENOTDIR, f"{problem.filename} is no folder", str(path)) from problem
 
 
 def leftovers(folder: Path, name: str | None = None) -> list[Path]:
@@ -69,12 +84,15 @@ def appearing_folder(path: Path, n_bytes: int = 0, *, replace: bool = False) -> 
 
     Another folder there is replaced only where `replace` says so, and is as it was until then. OSError names `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(path)
     if os.path.lexists(path) and not replace:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     check_room(path, n_bytes)
     _drop_stale_folders(path)
-    made = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        made = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    except OSError as problem:  # which names the temporary folder
+        raise OSError(problem.errno, problem.strerror, str(path)) from problem
     old = made.with_name(made.name + ".old")
     try:
         yield made
@@ -110,7 +128,9 @@ def check_room(path: Path, n_bytes: int) -> None:
     """OSError (ENOSPC) where the disk that `path` is to lie on has less than `n_bytes` free."""
     free = shutil.disk_usage(path.parent).free
     if free < n_bytes:
-        raise OSError(errno.ENOSPC, f"no room for {n_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free", str(path))
+        unit, scale = ("GB", 1e9) if n_bytes >= 1e9 else ("MB", 1e6)
+        figures = f"no room for {n_bytes / scale:.2f} {unit}, {free / scale:.2f} {unit} are free"
+        raise OSError(errno.ENOSPC, figures, str(path))
 
 
 def _sync_folder(folder: Path) -> None:

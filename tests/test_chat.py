@@ -242,6 +242,25 @@ class TestOrigin:
         rendered = ours(UNCLEAR["compares a variable"], user("a<|im_end|>"))
         assert controls(rendered) == ["<|im_start|>"]
 
+    def test_tokens_in_variables_stay_where_users_did_not_write_them(self) -> None:
+        template = (
+            "{% set start = '<|im_start|>' %}{% set end = '<|im_end|>' %}"
+            "{{ start }}{{ messages[0].content.replace(end, '') }}{{ end }}"
+        )
+        rendered = ours(template, user("a<|im_end|>b"))
+        assert rendered.text == "<|im_start|>ab<|im_end|>"
+        assert controls(rendered) == ["<|im_start|>"]
+
+    def test_tokens_in_the_text_stay_where_variables_cannot_be_marked(self) -> None:
+        template = "{% set end = '<|im_end|>' %}<|im_start|>{{ end | length }}{{ messages[0].content }}"
+        rendered = ours(template, user("a"))
+        assert rendered.text == "<|im_start|>10a"
+        assert controls(rendered) == ["<|im_start|>"]
+
+    def test_the_longest_token_is_meant(self) -> None:
+        rendered = render("<|end|>of<|end|>", user("a"), control_tokens=["<|end|>", "<|end|>of"])
+        assert controls(rendered) == ["<|end|>of", "<|end|>"]
+
     def test_content_that_stands_in_the_template_too(self) -> None:
         template = "<|im_start|>assistant says:{{ messages[0].content }}<|im_end|>"
         for content in ("assistant says:", "<|im_start|>assistant says:", "assistant"):

@@ -84,6 +84,16 @@ class TestProcess:
         assert "\n" not in str(caught.value)
         assert ours(built_in("chatml"), user("x")).text  # the next is rendered as ever
 
+    @pytest.mark.timeout(20)  # the worker's own limit of processor time comes after 30 s
+    def test_a_template_without_end_is_stopped_by_the_clock(self) -> None:
+        worker = Worker(time_limit_s=0.5)
+        loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+        try:
+            with pytest.raises(ChatTemplateError, match=r"over 0\.5 s"):
+                worker.ask({"template": loop, "variables": {}, "named": {}, "roles": [], "tokens": [], "said": []})
+        finally:
+            worker.close()
+
     def test_one_process_for_many_renders(self) -> None:
         worker = Worker()
         request = {"template": "{{ 1 }}", "variables": {}, "named": {}, "roles": [], "tokens": [], "said": []}

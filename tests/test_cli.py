@@ -273,6 +273,17 @@ def test_a_missing_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no/such.gguf" in failing(["generate", "-m", "no/such.gguf", "-p", "hi"], capsys)
 
 
+def test_no_control_characters_come_out_of_a_template(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a model's file says of itself must not reach the terminal as it is."""
+    (tmp_path / "loud.jinja").write_text(r"{{ raise_exception('\x1b[2J gone \x9b1m') }}")
+    assert run(["generate", "-m", model, "-p", "x", "--chat-template", str(tmp_path / "loud.jinja")]) == 2
+    error = capsys.readouterr().err
+    assert r"\x1b[2J gone \x9b1m" in error
+    assert error.strip("\n").isprintable()
+
+
 def test_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert str(tmp_path) in failing(["generate", "-m", str(tmp_path), "-p", "hi"], capsys)
 

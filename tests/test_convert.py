@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
@@ -18,6 +22,7 @@ from pinfer.cli.main import run
 from pinfer.config import RunConfig
 from pinfer.engine import SHIPPED_MODEL, load_engine
 from pinfer.engine.mapped import fingerprint
+from pinfer.files import appearing_folder
 from pinfer.formats import open_model
 from pinfer.formats.huggingface.rope import llama3_factors
 from pinfer.formats.huggingface.write import write_folder
@@ -163,6 +168,37 @@ def test_command_writes_gguf_and_folder(tmp_path: Path, capsys: pytest.CaptureFi
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "m.gguf"]
 
 
+def test_forms_and_floats_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["convert", str(SHIPPED_MODEL), "-o", str(tmp_path / "M.GGUF")]) == 0
+    assert (tmp_path / "M.GGUF").is_file()
+    for kind, said in (("keep", True), ("f16", False)):
+        capsys.readouterr()
+        assert run(["convert", str(SHIPPED_MODEL), "-o", str(tmp_path / kind), "--type", kind]) == 0
+        assert ("Q8_0 became F16: a folder has floats alone" in capsys.readouterr().err) is said
+
+
+def test_an_activation_that_llama_cpp_ignores_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It opens the file without a word and computes SiLU."""
+    said = "llama.cpp will read the file, but compute silu in place of relu"
+    for name, expected in (("relu-llama", True), ("llama2", False)):
+        gguf = tmp_path / f"{name}.gguf"
+        assert run(["convert", str(folder_of(name)), "-o", str(gguf)]) == 0
+        assert (said in capsys.readouterr().err) is expected
+        assert run(["quantize", str(gguf), "-o", str(tmp_path / "q"), "--type", "q8_0", "--force"]) == 0
+        assert (said in capsys.readouterr().err) is expected
+        assert run(["convert", str(gguf), "-o", str(tmp_path / name)]) == 0
+        assert "llama.cpp" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file systems of others hold Unicode names alone")
+def test_a_folder_whose_name_is_no_unicode(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"model \xff")
+    folder.symlink_to(folder_of("llama2"))
+    assert run(["convert", str(folder), "-o", str(tmp_path / "m.gguf")]) == 0
+    with open_model(tmp_path / "m.gguf") as file:
+        assert file.metadata["general.name"] == "model ?"
+
+
 def refused(arguments: list[object], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
     """The one line that a command line ends with."""
     assert run([str(one) for one in arguments]) == code
@@ -187,6 +223,73 @@ def test_what_is_there_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFix
     assert "read from it" in said(["convert", old, "-o", old, "--force"])
     assert "read from it" in said(["convert", source, "-o", source, "--to", "hf", "--force"])
     assert "is a folder" in said(["convert", old, "-o", mine, "--to", "gguf", "--force"])
+
+
+def test_outputs_that_cannot_be_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    for to in ("gguf", "hf"):
+        below = tmp_path / "file" / "out"
+        line = refused(["convert", SHIPPED_MODEL, "-o", below, "--to", to], capsys)
+        assert line.endswith(f"{below}: {tmp_path / 'file'} is no folder")
+    assert "-o is empty" in refused(["convert", SHIPPED_MODEL, "-o", ""], capsys)
+
+    def read_only(*_: object, **__: object) -> str:
+        raise OSError(errno.EROFS, "Read-only file system", str(tmp_path / ".out.1234.tmp"))
+
+    monkeypatch.setattr("pinfer.files.tempfile.mkdtemp", read_only)
+    line = refused(["convert", SHIPPED_MODEL, "-o", tmp_path / "out"], capsys, code=1)
+    assert line.endswith(f"{tmp_path / 'out'}: Read-only file system")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("to", ["gguf", "hf"])
+def test_a_signal_leaves_nothing_half_written(name: str, to: str, tmp_path: Path) -> None:
+    """As a scheduler, a closed terminal and Ctrl-C end a run; it is held where the file is half-written."""
+    script = (
+        "import os, signal\n"
+        f"signal.signal(signal.{name}, signal.SIG_DFL)\n"  # these tests may run under nohup
+        "from pinfer.__main__ import main\n"
+        "from pinfer.cli import convert\n"
+        f"convert.dequantize = lambda _: os.kill(os.getpid(), signal.{name})\n"
+        "main()\n"
+    )
+    arguments = ["convert", str(SHIPPED_MODEL), "-o", str(tmp_path / "out"), "--to", to, "--type", "f16"]
+    process = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, timeout=120)
+    assert process.returncode == 128 + getattr(signal, name)
+    assert process.stderr.endswith(b"pinfer: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("old")
+    rename = os.rename
+
+    def fails(source: Path, target: Path) -> None:
+        if Path(target) == tmp_path / "model" and not str(source).endswith(".old"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr("pinfer.files.os.rename", fails)
+    with pytest.raises(PermissionError), appearing_folder(tmp_path / "model", replace=True) as made:
+        (made / "config.json").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "config.json").read_text() == "old"
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rename would put a file in the place of /dev/null for everyone; a pipe stands for it here."""
+    device = tmp_path / "null"
+    os.mkfifo(device)
+    for command in (["convert", "--to", "gguf", "--force"], ["convert", "--to", "pinfer", "--force"]):
+        assert f"{device}: this is no regular file" in refused([*command, SHIPPED_MODEL, "-o", device], capsys)
+    assert run(["quantize", str(SHIPPED_MODEL), "-o", str(device), "--type", "q4_0"]) == 2
+    assert device.is_fifo()
+    assert list(tmp_path.iterdir()) == [device]
 
 
 @pytest.mark.parametrize("to", ["gguf", "hf"])

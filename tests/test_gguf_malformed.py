@@ -137,6 +137,11 @@ def test_special_file_is_refused_without_blocking(tmp_path: Path) -> None:
     refused(tmp_path / "pipe", "no regular file")
 
 
+def test_a_file_that_was_not_fetched_is_said_to_be_so(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4000000000\n")
+    refused(tmp_path / "model.gguf", "git lfs pull")
+
+
 @pytest.mark.parametrize("kind", [U8, STRING, ARRAY, F64])
 def test_hostile_array_in_a_sparse_file(tmp_path: Path, kind: int) -> None:
     """Zeros for 40 GB are five thousand million empty strings; the limits stop there, not the memory."""

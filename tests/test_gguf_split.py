@@ -82,6 +82,16 @@ def test_parts_of_two_models_are_told_apart(split: list[Path], tmp_path: Path, m
         open_model(split[0])
 
 
+def test_a_tensor_that_no_part_has_is_counted(split: list[Path]) -> None:
+    """All parts agree on thirteen tensors and hold twelve."""
+    for part in split:
+        raw = part.read_bytes()
+        assert raw.count(b"split.tensors.count\x05\x00\x00\x00\x0c\x00\x00\x00") == 1
+        part.write_bytes(raw.replace(b"tensors.count\x05\x00\x00\x00\x0c", b"tensors.count\x05\x00\x00\x00\x0d"))
+    with pytest.raises(FormatError, match=r"the parts hold 12 tensors, split.tensors.count is 13"):
+        open_model(split[0])
+
+
 def test_a_tensor_in_two_parts_is_named(split: list[Path]) -> None:
     """The first part's tensors under the second's number."""
     raw = split[0].read_bytes()

@@ -72,9 +72,10 @@ def test_value_types_follow_from_values(tmp_path: Path, value: Any, kind: str) -
 
 def test_keys_of_floats_are_floats_whatever_they_hold(tmp_path: Path) -> None:
     keys = {"llama.rope.freq_base": 10000, "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.block_count": 1}
+    keys |= {"tokenizer.ggml.scores": [0, -1], "split.no": 1}
     write_gguf(tmp_path / "a.gguf", keys, [])
-    types = {key: field.types[0].name for key, field in gguf.GGUFReader(tmp_path / "a.gguf").fields.items()}
-    assert [types[key] for key in keys] == ["FLOAT32", "FLOAT32", "UINT32"]
+    types = {key: field.types[-1].name for key, field in gguf.GGUFReader(tmp_path / "a.gguf").fields.items()}
+    assert [types[key] for key in keys] == ["FLOAT32", "FLOAT32", "UINT32", "FLOAT32", "UINT16"]
 
 
 @pytest.mark.parametrize("value", [None, {"a": 1}, [1, "a"], 2**64, [1, None]])

@@ -147,6 +147,29 @@ class TestMetadata:
         assert metadata[f"{KEY}token_type"][-5:] == [NORMAL] + [UNUSED] * 4
         assert metadata[f"{KEY}add_bos_token"] and metadata[f"{KEY}add_space_prefix"]
 
+    def test_turn_marks_that_a_folder_calls_ordinary_are_control_tokens(self, tmp_path: Path) -> None:
+        """As llama.cpp's converter has it: no reader of the file may take them out of a user's text."""
+        content = json.loads((folder("llama3") / "tokenizer.json").read_text())
+        for token in content["added_tokens"]:
+            token["special"] = False
+        content["added_tokens"][-1]["content"] = "<think>"
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        types = tokenizer_metadata(tmp_path)[f"{KEY}token_type"]
+        assert types[900:906] == [CONTROL] * 5 + [USER_DEFINED]
+
+    def test_a_token_that_swallows_what_is_before_it(self, tmp_path: Path) -> None:
+        """Ids are those of the library."""
+        content = json.loads((folder("llama3") / "tokenizer.json").read_text())
+        content["added_tokens"][-1] |= {"content": "<hole>", "special": False, "lstrip": True}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        text = "the  <hole> model\n\t<hole>"
+        expected = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(
+            text, add_special_tokens=False
+        )
+        metadata = tokenizer_metadata(tmp_path)
+        assert metadata["tokenizer.pinfer.lstrip_ids"] == [905]
+        assert load_tokenizer(metadata).encode(text, add_bos=False, parse_special=True) == expected.ids
+
     def test_scores_of_tokenizer_model_are_taken(self) -> None:
         both, model = (
             tokenizer_metadata(folder("llama2_both")),

@@ -129,6 +129,21 @@ def _index(weight_map: Any) -> Callable[[Path], None]:
     return write
 
 
+def _pointer(name: str) -> Callable[[Path], None]:
+    """What git clone without LFS leaves of a large file."""
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4000000000\n"
+
+    def write(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return write
+
+
+def _dangling(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../blobs/0123")
+
+
 def _drop(name: str) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         weights = load_file(folder / "model.safetensors")
@@ -165,6 +180,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         _index({NORM: "model-00002-of-00002.safetensors"}),
         ("'model-00002-of-00002.safetensors'",),
     ),
+    "index long name": (_index({NORM: "n" * 300 + ".safetensors"}), ("312 bytes", "at most 255")),
+    "weights not fetched": (_pointer("model.safetensors"), ("model.safetensors", "git lfs pull")),
+    "config not fetched": (_pointer("config.json"), ("config.json", "git lfs pull")),
+    "dangling link": (_dangling, ("model.safetensors is a link to '../blobs/0123'", "missing")),
     "index wrong": (_index({"model.other": "model.safetensors"}), ("'model.other'", "does not hold it")),
     "index short": (_index({NORM: "model.safetensors"}), ("does not place there",)),
     "missing tensor": (_drop("model.layers.1.mlp.up_proj.weight"), ("'model.layers.1.mlp.up_proj.weight' is missing",)),
@@ -212,6 +231,11 @@ HEADERS: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
     "beyond": (entry(ends=[0, 4]), {"data": bytes(2)}, ("data_offsets end at 4", "2 bytes")),
     "huge": (entry(shape=[2**62], ends=[0, 4]), {"data": bytes(4)}, ("takes",)),
     "size": (entry(shape=[3], ends=[0, 4]), {"data": bytes(4)}, ("takes 12 bytes",)),
+    "many": (
+        {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(2**16 + 1)},
+        {},
+        ("65537 tensors", "at most 65536"),
+    ),
     "overlap": (
         entry(ends=[0, 4]) | {"b": {"dtype": "F32", "shape": [1], "data_offsets": [2, 6]}},
         {"data": bytes(8)},
@@ -225,6 +249,11 @@ def test_headers_that_are_refused(case: str, llama: Path) -> None:
     header, options, said = HEADERS[case]
     with_header(llama, header, **options)
     refused(llama, "model.safetensors", *said)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "generation_config.json"])
+def test_one_file_of_a_folder_is_no_model(name: str, llama: Path) -> None:
+    refused(llama / name, name, "name the folder")
 
 
 def test_random_damage_to_a_header_is_a_typed_error(llama: Path) -> None:

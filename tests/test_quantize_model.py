@@ -200,6 +200,24 @@ def test_bad_targets_are_refused(model: Path, tmp_path: Path, capsys: pytest.Cap
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_there_is_not_replaced(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{}")
+    arguments = ["quantize", str(model), "-o", str(path), "--type", "q8_0"]
+    assert run(arguments) == BAD_INPUT
+    assert f"{path} exists; --force" in capsys.readouterr().err
+    assert path.read_text() == "{}"
+    assert run([*arguments, "--force"]) == OK
+    assert path.read_bytes()[:4] == b"GGUF"
+
+
+def test_threads_have_limits(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for threads in ("0", "-5", "100000"):
+        assert run(["quantize", str(model), "-o", str(tmp_path / "q"), "--type", "q8_0", "-t", threads]) == BAD_INPUT
+        assert f"threads must lie in [1, 4096], not {threads}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_that_are_not_finite_are_named_and_nothing_is_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ from pinfer.formats.errors import FormatError
 from pinfer.formats.tokenizer import StreamingDetokenizer, Tokenizer, load_tokenizer
 from pinfer.formats.tokenizer_bpe import WORD_START
 from pinfer.formats.tokenizer_pre import PRE_TOKENIZERS
+from pinfer.formats.tokenizer_special import SpecialSplitter
 from tests.tokenizer_vocabs import (
     BYTE,
     CONTROL,
@@ -248,6 +249,12 @@ class TestSpecialTokens:
         ids = tokenizer.encode("<end_of_turn>\n the", parse_special=True, add_bos=False)
         assert tokenizer.decode(ids) == "<end_of_turn>the"
         assert tokenizer.decode(tokenizer.encode("<s>\n the", parse_special=True, add_bos=False)) == "<s>\n the"
+
+    @pytest.mark.timeout(60)  # a search that looks back from every space would take half an hour
+    def test_white_space_that_tokens_swallow(self) -> None:
+        splitter = SpecialSplitter({"<mask>": 1, "<end>": 2}, strip_before=[1], strip_after=[2])
+        assert splitter.split(" a \n<mask> b <end>\t<mask><end> ") == [" a", 1, " b ", 2, 1, 2]
+        assert splitter.split(" " * 2**20 + "a" + " " * 2**20 + "<mask>") == [" " * 2**20 + "a", 1]
 
     def test_ends_of_generation(self) -> None:
         assert {SPM.token_text(i) for i in SPM.eog_ids} == {"</s>", "<end_of_turn>"}

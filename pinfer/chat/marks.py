@@ -37,7 +37,6 @@ class Marks:
         self._texts = [*self._tokens, *sorted(heads), *sorted(tails - heads)][:MAX_MARKS]
         self._codes = {text: chr(FIRST_MARK + index) for index, text in enumerate(self._texts)}
         self._heads, self._tails = (sorted(h & self._codes.keys(), key=len, reverse=True) for h in (heads, tails))
-        self._whole = re.compile("|".join(map(re.escape, self._tokens)) or "(?!)")
         self._role = re.compile(f"([\ud800-\udbff])({'|'.join(map(re.escape, roles)) or '(?!)'})([\ud800-\udbff])")
 
     def put(self, text: str) -> str:

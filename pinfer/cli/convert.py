@@ -14,10 +14,12 @@ from pinfer.cli import options
 from pinfer.cli.console import console, emit_json, note, printable, size
 from pinfer.cli.convert_bundle import DOWN_TYPES, bundle, figures, said
 from pinfer.cli.progress import duration, written
+from pinfer.config import ModelConfig
 from pinfer.formats import ModelFile, open_model
 from pinfer.formats.huggingface.folder import CONFIG
 from pinfer.formats.huggingface.write import folder_bytes, write_folder
 from pinfer.formats.model_config import check_tensors, model_config
+from pinfer.formats.model_file import FLOAT_DTYPES
 from pinfer.formats.powerinfer import is_neuron_major
 from pinfer.formats.row_major import RowMajor
 from pinfer.formats.standard import computed_otherwise, standard_tensors, write_standard
@@ -37,12 +39,16 @@ def convert_command(
         typer.Option(
             "--to",
             metavar="FORM",
-            help="gguf, hf or pinfer (one file with hot neurons first and predictors); left out: gguf for a name ending in .gguf, else hf.",
+            help="gguf, hf or pinfer (one file with hot neurons first and predictors); left out: gguf for a name ending in .gguf, else hf, a folder.",
         ),
     ] = None,
     type_name: Annotated[
         str,
-        typer.Option("--type", metavar="TYPE", help=f"{', '.join(TYPES)} or {KEEP}: the type of matrices."),
+        typer.Option(
+            "--type",
+            metavar="TYPE",
+            help=f"{', '.join(TYPES)} or {KEEP}: the type of matrices; in a folder, quantised ones become f16.",
+        ),
     ] = KEEP,
     predictor_path: Annotated[
         str | None,
@@ -56,18 +62,22 @@ def convert_command(
     json: options.Json = False,
 ) -> None:
     """Write a model in another form, its weights as they are or as floats; `pinfer quantize` makes them smaller."""
+    if not output:
+        raise ValueError("-o is empty: name the file or folder to write")
     path = Path(output)
     form, kind = _form(to, path), _kind(type_name)
     _check_options(form, type_name, predictor_path, down_type)
     with open_model(Path(source)) as file:
         check_tensors(file, model_config(file))
         _check_output(file, path, form, force)
-        if form == "gguf" and (otherwise := computed_otherwise(model_config(file))):
-            note(f"llama.cpp will read the file, but compute {', '.join(otherwise)}")
         started = time.perf_counter()
         bundled = bundle(file, path, predictor_path, down_type) if form == "pinfer" else None
         n_bytes = bundled.nbytes if bundled else _write(file, path, form, kind, force)
         seconds = time.perf_counter() - started
+        if form == "gguf":
+            tell_of_llama_cpp(model_config(file))
+        elif form == "hf" and kind is None:
+            _tell_of_floats(file)
         n_tensors = len(file.tensors)
         more = figures(file, bundled) if bundled else {}
     if json:
@@ -88,7 +98,7 @@ def _check_options(form: str, type_name: str, predictor_path: str | None, down_t
 
 
 def _form(to: str | None, path: Path) -> str:
-    form = to or ("gguf" if path.suffix == ".gguf" else "hf")
+    form = to or ("gguf" if path.suffix.lower() == ".gguf" else "hf")
     if form not in FORMS:
         raise ValueError(f"--to {form} is none of {', '.join(FORMS)}")
     return form
@@ -115,6 +125,18 @@ def _check_output(file: ModelFile, path: Path, form: str, force: bool) -> None:
         read |= {folder for part in file.parts for folder in (*part.path.resolve().parents, part.path.parent.resolve())}
     if path.resolve() in read:
         raise ValueError(f"{path}: the model is read from it; name another output")
+
+
+def tell_of_llama_cpp(config: ModelConfig) -> None:
+    """Say so where llama.cpp would open what is written and compute something else."""
+    if otherwise := computed_otherwise(config):
+        note(f"llama.cpp will read the file, but compute {', '.join(otherwise)}")
+
+
+def _tell_of_floats(file: ModelFile) -> None:
+    """Say so where a folder has floats for quantised weights."""
+    if quantised := sorted({str(info.type) for info in file.tensors.values() if info.type not in FLOAT_DTYPES}):
+        note(f"{', '.join(quantised)} became F16: a folder has floats alone")
 
 
 def _write(file: ModelFile, path: Path, form: str, kind: QuantType | None, force: bool) -> int:

@@ -1,6 +1,7 @@
 """The list of commands, and how every failure ends.
 
-Exit codes: 0 done, 1 failed at run time, 2 bad input, 130 interrupted. A failure prints one line
+Exit codes: 0 done, 1 failed at run time, 2 bad input, 130 interrupted
+(143 by SIGTERM, 129 by SIGHUP). A failure prints one line
 to stderr; PINFER_TRACEBACK=1 shows the Python traceback instead.
 """
 
@@ -34,6 +35,7 @@ from pinfer.cli import (
     tokenize,
     train,
 )
+from pinfer.cli.console import printable
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -83,8 +85,8 @@ def run(arguments: Sequence[str]) -> int:
         return _fail("failed: standard output is closed", FAILED)
     try:
         return _invoke(arguments)
-    except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        return _fail("interrupted", 128 + stop.args[0] if stop.args else INTERRUPTED)
     except BrokenPipeError:
         # What is left in stdout's buffer has no reader; without this, Python complains at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -134,7 +136,7 @@ def _offending(error: Exception, arguments: Sequence[str]) -> str:
 
 def _fail(message: str, code: int) -> int:
     with contextlib.suppress(OSError, AttributeError):  # stderr may be closed as well
-        print(f"pinfer: {message}", file=sys.stderr, flush=True)
+        print(f"pinfer: {printable(message).plain}", file=sys.stderr, flush=True)
     return code
 
 

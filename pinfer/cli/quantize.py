@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +13,14 @@ from rich.table import Table
 
 from pinfer.cli import options
 from pinfer.cli.console import console, emit_json, note, printable, size
+from pinfer.cli.convert import tell_of_llama_cpp
 from pinfer.cli.generate import Threads
 from pinfer.cli.progress import duration, written
+from pinfer.config import RunConfig
 from pinfer.engine.cores import default_threads
 from pinfer.engine.quantize_model import Target, Total, quantize_model, targets, totals
 from pinfer.formats import ModelFile, open_model
+from pinfer.formats.model_config import model_config
 from pinfer.formats.powerinfer import is_neuron_major
 from pinfer.formats.standard import fused_tensors
 from pinfer.formats.type_mix import FILE_TYPES, base_type
@@ -30,14 +34,16 @@ def quantize_command(
     type_name: Annotated[str, typer.Option("--type", metavar="TYPE", help=f"{WRITABLE}.")],
     threads: Threads = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
     json: options.Json = False,
 ) -> None:
     """Write a model with its matrices in another weight type, the types of Q4_K_M and Q5_K_M being llama.cpp's."""
     type_name, path = type_name.lower(), Path(output)
     if type_name not in FILE_TYPES:
         raise ValueError(f"type {type_name.upper()} is none of {WRITABLE}")
+    count = RunConfig(threads=threads).threads or default_threads()
     with open_model(Path(source)) as file:
-        check_target(file, path)
+        check_target(file, path, replace=force or dry_run)
         fused = fused_tensors(file)
         chosen = targets(file, type_name, fused)
         _tell(chosen, type_name)
@@ -49,8 +55,9 @@ def quantize_command(
         found = totals(chosen)
         if not dry_run:
             with written(sum(one.nbytes for one in chosen)) as progress:
-                count = threads or default_threads()
                 found = quantize_model(file, type_name, path, fused=fused, threads=count, progress=progress)
+            if not is_neuron_major(file):
+                tell_of_llama_cpp(model_config(file))
         seconds = time.perf_counter() - started
     if json:
         emit_json(_figures(path, type_name, found, None if dry_run else seconds))
@@ -60,12 +67,17 @@ def quantize_command(
         console().print(printable(f"{path}: {size(path.stat().st_size)}, written in {duration(seconds)}"))
 
 
-def check_target(file: ModelFile, path: Path) -> None:
-    """ValueError where `path` is one of the files that the model is read from, or no file can be there."""
+def check_target(file: ModelFile, path: Path, *, replace: bool) -> None:
+    """ValueError where `path` is one of the files that the model is read from, or no file can be there.
+
+    FileExistsError for what is there, unless it is to be replaced.
+    """
     if path.is_dir():
         raise ValueError(f"{path}: this is a directory; name the file to write")
     if path.exists() and any(part.path.samefile(path) for part in file.parts):
         raise ValueError(f"{path}: the model is read from it; name another file")
+    if os.path.lexists(path) and not replace:
+        raise FileExistsError(f"{path} exists; --force replaces it")
 
 
 def _tell(chosen: Sequence[Target], type_name: str) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from pinfer.formats.errors import FormatError
 from pinfer.formats.gguf import GGUFFile
 from pinfer.formats.huggingface.folder import CONFIG, HFFolder
 from pinfer.formats.model_file import ModelFile, TensorInfo
@@ -13,6 +14,8 @@ def open_model(path: str | Path) -> ModelFile:
     path = Path(path)
     if path.is_dir() or path.name == CONFIG:
         return HFFolder.open(path)
+    if path.suffix in (".safetensors", ".json") and path.is_file():
+        raise FormatError(f"{path}: this is one file of a model; name the folder that it lies in")
     file = GGUFFile.open(path)
     return NeuronMajorFile(file) if is_neuron_major(file) else file
 

@@ -10,6 +10,14 @@ class FormatError(ValueError):
     """
 
 
+def is_pointer(start: bytes) -> bool:
+    """Whether a file that starts so is what Git LFS leaves where the file itself was not fetched."""
+    return start.startswith(b"version https://git-lfs.github.com/")
+
+
+POINTER = "this is Git LFS's pointer to the file, not the file; git lfs pull fetches it"
+
+
 def shown(text: str | bytes, limit: int = 80) -> str:
     """`text` from a file as a message may carry it: quoted, escaped, on one line and not too long."""
     quoted = ascii(text[:limit])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pinfer.formats.errors import FormatError, shown
+from pinfer.formats.errors import POINTER, FormatError, is_pointer, shown
 
 # The largest header seen, Gemma 4's vocabulary, takes 16 MB with 1.3 million array items.
 MAX_HEADER_BYTES = 64 << 20
@@ -172,6 +172,8 @@ def _version(cursor: _Cursor, magics: tuple[bytes, ...]) -> int:
     cursor.require(4)
     magic = cursor.file[:4]
     if magic not in magics:
+        if is_pointer(cursor.file[:64]):
+            raise FormatError(f"{cursor.path}: {POINTER}")
         raise cursor.error(_OTHER_MAGICS.get(magic, f"the file starts with {magic!r}, not with b'GGUF'"))
     cursor.pos = 4
     version = cursor.number(_U32)

@@ -16,7 +16,6 @@ _LONG = 64  # characters; no special token of a real vocabulary is longer
 _MARK = re.compile("([\ud800-\udbff][\udc00-\udfff])")
 
 _WHITE_CHARS = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
-_WHITE = f"[{_WHITE_CHARS}]"
 
 
 class SpecialSplitter:
@@ -43,12 +42,12 @@ class SpecialSplitter:
         specials = sorted(self._occurring(text), key=lambda special: (-len(special.encode()), self._ids[special]))
         for index, special in enumerate(specials):
             mark = chr(0xD800 + index // 1024) + chr(0xDC00 + index % 1024)
-            before = f"{_WHITE}*" if self._ids[special] in self._strip_before else ""
-            after = f"{_WHITE}*" if self._ids[special] in self._strip_after else ""
-            if before or after:
-                text = re.sub(before + re.escape(special) + after, mark, text)
-            else:
-                text = text.replace(special, mark)
+            pieces = text.split(special)  # a pattern with white space before it would take time squared
+            if self._ids[special] in self._strip_before:
+                pieces[:-1] = [piece.rstrip(_WHITE_CHARS) for piece in pieces[:-1]]
+            if self._ids[special] in self._strip_after:
+                pieces[1:] = [piece.lstrip(_WHITE_CHARS) for piece in pieces[1:]]
+            text = mark.join(pieces)
         parts: list[str | int] = []
         for index, part in enumerate(_MARK.split(text)):
             if index % 2:

@@ -223,7 +223,7 @@ def _general(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, Any]:
             types[str(info.type)] += info.nbytes
     return {
         "general.type": "model",
-        "general.name": folder.name,
+        "general.name": folder.name.encode(errors="replace").decode(),  # a path may hold what is no Unicode
         "general.file_type": FILE_TYPES[types.most_common(1)[0][0].lower()],
     }
 

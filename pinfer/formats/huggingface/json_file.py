@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pinfer.formats.errors import FormatError, shown
+from pinfer.formats.errors import POINTER, FormatError, is_pointer, shown
 
 
 class Node:
@@ -28,6 +28,8 @@ class Node:
             data = file.read(limit_bytes + 1)
         if len(data) > limit_bytes:
             raise FormatError(f"{path}: has more than {limit_bytes} bytes")
+        if is_pointer(data):
+            raise FormatError(f"{path}: {POINTER}")
         try:
             value = json.loads(data.decode("utf-8"))
         except UnicodeDecodeError as error:

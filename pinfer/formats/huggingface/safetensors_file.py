@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pinfer.formats.errors import FormatError, shown
+from pinfer.formats.errors import POINTER, FormatError, is_pointer, shown
 from pinfer.formats.model_file import Part, map_file
 from pinfer.quant import BF16, F16, F32, QuantType
 
-MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+MAX_HEADER_BYTES = 32 << 20  # a third of the library's limit: as JSON it takes some ten times as much memory
+MAX_TENSORS = 1 << 16
 MAX_DIMENSIONS = 8
 TYPES: dict[str, QuantType] = {"F32": F32, "F16": F16, "BF16": BF16}
 NAMES = {kind: name for name, kind in TYPES.items()}
@@ -44,6 +45,8 @@ class Shard(Part):
 
     def _read(self, number: int) -> list[Stored]:
         size = self.data.numel()
+        if is_pointer(self.data[:64].numpy().tobytes()):
+            raise FormatError(f"{self.path}: {POINTER}")
         length = int.from_bytes(self.data[:8].numpy().tobytes(), "little") if size >= 8 else 0
         if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
             raise FormatError(
@@ -53,6 +56,10 @@ class Shard(Part):
         self.header_bytes = 8 + length
         header = self._parse(self.data[8 : 8 + length].numpy().tobytes())
         header.pop("__metadata__", None)
+        if len(header) > MAX_TENSORS:
+            raise FormatError(
+                f"{self.path}: the header names {len(header)} tensors; at most {MAX_TENSORS} are supported"
+            )
         found = [self._entry(name, fields, 8 + length, number) for name, fields in header.items()]
         end = 8 + length
         for stored in sorted(found, key=lambda one: (one.offset, one.nbytes)):

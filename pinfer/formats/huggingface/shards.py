@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from pinfer.formats.errors import FormatError, shown
@@ -11,6 +12,7 @@ from pinfer.formats.huggingface.safetensors_file import Shard
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64 << 20
 MAX_SHARDS = 4096
+MAX_NAME_BYTES = 255  # a longer one is no file name, and asking for it is an OSError
 
 
 def open_shards(folder: Path) -> list[Shard]:
@@ -45,6 +47,8 @@ def _listed(index: Path) -> dict[str, str]:
             raise node.fault(f"is {shown(str(name))}, not the name of a file in the folder")
         if not name.endswith(".safetensors"):
             raise node.fault(f"is {shown(name)}; only safetensors files are read")
+        if len(name.encode()) > MAX_NAME_BYTES:
+            raise node.fault(f"is {shown(name)} of {len(name.encode())} bytes; names have at most {MAX_NAME_BYTES}")
         where[tensor] = name
     return where
 
@@ -67,6 +71,8 @@ def _without(folder: Path) -> str:
             f"the weights are pickled ({pickled[0].name}), which is not read as it could run code; "
             "save the model as safetensors"
         )
-    if loose := sorted(folder.glob("*.safetensors")):
+    if (folder / SINGLE).is_symlink() and not (folder / SINGLE).exists():
+        return f"{SINGLE} is a link to {shown(os.readlink(folder / SINGLE))}, which is missing"
+    if loose := sorted(path for path in folder.glob("*.safetensors") if path.name != SINGLE):
         return f"there is {loose[0].name}, but neither {SINGLE} nor {INDEX}"
     return f"there is neither {SINGLE} nor {INDEX}"

@@ -11,7 +11,7 @@ from pinfer.formats.huggingface.json_file import Node
 from pinfer.formats.huggingface.pre_tokenizers import find_pre, is_byte_level
 
 MAX_BYTES = 256 * 2**20
-MAX_ID = 2**22  # the largest vocabularies have 2^18 tokens
+MAX_ID = 2**20  # the largest vocabularies have 2^18 tokens; every id takes a row, tokens in gaps as well
 SPACE = "▁"
 
 SpacePrefix = Literal["always", "first", "never"]

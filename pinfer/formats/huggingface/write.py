@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pinfer.files import appearing_folder
+from pinfer.formats.gguf_writer import Outgoing
 from pinfer.formats.huggingface.config_json import Folder
 from pinfer.formats.huggingface.names import HEAD, Change, Link, folder_names, folder_order, links
 from pinfer.formats.huggingface.safetensors_file import NAMES, header_bytes
@@ -24,20 +24,6 @@ from pinfer.quant import F16, F32, QuantType
 
 SHARD_BYTES = 5_000_000_000
 SMALL_BYTES = 64 << 20  # a router or positions: read whole to see whether a narrower type holds them
-
-
-@dataclass(frozen=True)
-class Going:
-    """A tensor of the folder: `pieces` gives its bytes in order."""
-
-    name: str
-    shape: tuple[int, ...]
-    type: QuantType
-    pieces: Callable[[], Iterable[torch.Tensor]]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.type.block_bytes
 
 
 def write_folder(
@@ -86,7 +72,7 @@ class Plan:
                 types[info.type if info.type in FLOAT_DTYPES else F16] += math.prod(info.shape)
         self.usual = types.most_common(1)[0][0] if kind is None else kind
 
-    def tensors(self) -> Iterator[Going]:
+    def tensors(self) -> Iterator[Outgoing]:
         """In the order of the family's table; FormatError for one that the file lacks."""
         for link in links(self.folder.tensors, self.folder.dims):
             if link.folder == HEAD and self.folder.tied:
@@ -112,16 +98,16 @@ class Plan:
     def _shape(self, infos: list[TensorInfo]) -> tuple[int, ...]:
         return (sum(info.shape[0] for info in infos), *infos[0].shape[1:])
 
-    def _experts(self, link: Link, info: TensorInfo) -> Iterator[Going]:
+    def _experts(self, link: Link, info: TensorInfo) -> Iterator[Outgoing]:
         kind, rows = self._type([info]), math.prod(info.shape[1:-1])
         for expert, name in enumerate(folder_names(link, self.folder.dims)):
             some = slice(expert * rows, (expert + 1) * rows)
-            yield Going(name, info.shape[1:], kind, self._pieces(info.name, kind, some))
+            yield Outgoing(name, info.shape[1:], kind, self._pieces(info.name, kind, some))
 
     def _pieces(self, name: str, kind: QuantType, rows: slice = slice(None)) -> Callable[[], Iterator[torch.Tensor]]:
         return lambda: pieces(self._file, name, kind, self._dequantize, rows)
 
-    def _narrowed(self, link: Link, infos: list[TensorInfo]) -> Going:
+    def _narrowed(self, link: Link, infos: list[TensorInfo]) -> Outgoing:
         """A vector, or what else is small: in the usual type where that holds it."""
         values = torch.cat([self._small(info) for info in infos])
         if (order := folder_order(link, self.folder.dims)) is not None:
@@ -132,12 +118,12 @@ class Plan:
         kept = self._kind is not None or torch.equal(narrow.float(), values)
         kind = self.usual if kept else F32
         raw = as_bytes(values, kind, self._file, link.folder)
-        return Going(link.folder, tuple(values.shape), kind, lambda: [raw])
+        return Outgoing(link.folder, tuple(values.shape), kind, lambda: [raw])
 
     def _small(self, info: TensorInfo) -> torch.Tensor:
         return self._file.vector(info.name) if len(info.shape) == 1 else self._dequantize(self._file.tensor(info.name))
 
-    def _matrix(self, link: Link, infos: list[TensorInfo]) -> Going:
+    def _matrix(self, link: Link, infos: list[TensorInfo]) -> Outgoing:
         kind = self._type(infos)
         parts = [self._pieces(info.name, kind) for info in infos]
 
@@ -149,14 +135,14 @@ class Plan:
             yield rows[folder_order(link, self.folder.dims)]
 
         same = folder_order(link, self.folder.dims) is None
-        return Going(link.folder, self._shape(infos), kind, in_order if same else reordered)
+        return Outgoing(link.folder, self._shape(infos), kind, in_order if same else reordered)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shards(folder: Path, tensors: list[Going], shard_bytes: int, progress: Callable[[int], None]) -> None:
+def _write_shards(folder: Path, tensors: list[Outgoing], shard_bytes: int, progress: Callable[[int], None]) -> None:
     shards = _deal(tensors, shard_bytes)
     where: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
@@ -168,9 +154,9 @@ def _write_shards(folder: Path, tensors: list[Going], shard_bytes: int, progress
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def _deal(tensors: list[Going], shard_bytes: int) -> list[list[Going]]:
+def _deal(tensors: list[Outgoing], shard_bytes: int) -> list[list[Outgoing]]:
     """Tensors in their order, a new shard where the next would pass the limit; a larger tensor has one to itself."""
-    shards: list[list[Going]] = [[]]
+    shards: list[list[Outgoing]] = [[]]
     filled = 0
     for tensor in tensors:
         if shards[-1] and filled + tensor.nbytes > shard_bytes:
@@ -181,7 +167,7 @@ def _deal(tensors: list[Going], shard_bytes: int) -> list[list[Going]]:
     return shards
 
 
-def _write_shard(path: Path, tensors: list[Going], progress: Callable[[int], None]) -> None:
+def _write_shard(path: Path, tensors: list[Outgoing], progress: Callable[[int], None]) -> None:
     # Widest types first, so that every tensor starts at a multiple of what its numbers take.
     tensors = sorted(tensors, key=lambda tensor: -tensor.type.block_bytes)
     entries = {tensor.name: (NAMES[tensor.type], tensor.shape, tensor.nbytes) for tensor in tensors}
