@@ -171,7 +171,7 @@ class ModelConfig:
         """ValueError if the model has experts, for `what` ("a plan") does not know of them."""
         if self.experts is not None:
             raise ValueError(
-                f"{what} does not support a mixture of experts yet ({self.architecture} with {self.experts.count}); "
+                f"{what} does not support a mixture of experts yet ({self.architecture}, {self.experts.count} experts); "
                 "on the CPU the methods dense, exact and gate_threshold do"
             )
 

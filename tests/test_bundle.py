@@ -179,6 +179,14 @@ def test_rows_of_a_powerinfer_file_in_another_type(tmp_path: Path) -> None:
     assert text_of(engine_of(tmp_path / "b.gguf")) == text_of(engine_of(path))
 
 
+def test_a_bundle_without_predictors_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = "no predictors go into the file"
+    for more, expected in (([], True), (["--predictor-path", str(DIRECTORY)], False)):
+        output = str(tmp_path / f"{len(more)}.gguf")
+        assert run(["convert", str(SHIPPED_MODEL), "--to", "pinfer", "-o", output, *more]) == 0
+        assert (said in capsys.readouterr().err) is expected
+
+
 def test_what_cannot_be_bundled_is_refused_and_leaves_nothing(
     bundled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

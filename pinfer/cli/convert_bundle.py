@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pinfer.cli.console import size
+from pinfer.cli.console import note, size
 from pinfer.cli.progress import written
 from pinfer.engine.bundle import Bundle, write_bundle
 from pinfer.engine.solved import Solved
 from pinfer.formats import ModelFile
 from pinfer.formats.model_config import model_config
+from pinfer.formats.powerinfer import has_factors
 from pinfer.quant import BY_NAME
 
 DOWN_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q5_0", "Q4_0")
@@ -24,6 +25,8 @@ def bundle(file: ModelFile, path: Path, predictor_path: str | None, down_type: s
             raise ValueError(f"--down-type {down_type} is none of {', '.join(DOWN_TYPES)}")
         kind = BY_NAME[down_type.upper()]
     solved = None if predictor_path is None else Solved.open(predictor_path, file)
+    if solved is None and not has_factors(file):
+        note("no predictors go into the file: --predictor-path names a directory of pinfer solve")
     with written(file.nbytes) as progress:
         return write_bundle(file, path, solved, down_type=kind, progress=progress)
 

@@ -12,4 +12,4 @@ Model = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Prompt = Annotated[str | None, typer.Option("-p", "--prompt", help="Text to start from.")]
 PromptFile = Annotated[str | None, typer.Option("-f", "--file", help="Read it from a file; - is standard input.")]
-Special = Annotated[bool, typer.Option("--special", help="Read special tokens out of the text.")]
+Special = Annotated[bool, typer.Option("--special", help="Take text that spells a special token for that token.")]
