@@ -100,7 +100,7 @@ def told(request: pytest.FixtureRequest, wide: Path) -> tuple[Engine, list[Spars
 
 
 @pytest.mark.parametrize("one_predictor", [False, True])
-@pytest.mark.parametrize(("cold_percent", "delays"), zip(SPLITS, cycle(DELAYS), strict=False))
+@pytest.mark.parametrize(("cold_percent", "delays"), [*zip(SPLITS, cycle(DELAYS), strict=False)])
 def test_same_tokens_as_one_device(
     told: tuple[Engine, list[SparseFFN], list[int]], cold_percent: int, one_predictor: bool, delays: Delays
 ) -> None:
