@@ -180,7 +180,7 @@ def test_rows_of_a_powerinfer_file_in_another_type(tmp_path: Path) -> None:
 
 
 def test_a_bundle_without_predictors_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = "no predictors go into the file"
+    said = "no predictors are in the file"
     for more, expected in (([], True), (["--predictor-path", str(DIRECTORY)], False)):
         output = str(tmp_path / f"{len(more)}.gguf")
         assert run(["convert", str(SHIPPED_MODEL), "--to", "pinfer", "-o", output, *more]) == 0

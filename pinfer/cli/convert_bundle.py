@@ -25,10 +25,11 @@ def bundle(file: ModelFile, path: Path, predictor_path: str | None, down_type: s
             raise ValueError(f"--down-type {down_type} is none of {', '.join(DOWN_TYPES)}")
         kind = BY_NAME[down_type.upper()]
     solved = None if predictor_path is None else Solved.open(predictor_path, file)
-    if solved is None and not has_factors(file):
-        note("no predictors go into the file: --predictor-path names a directory of pinfer solve")
     with written(file.nbytes) as progress:
-        return write_bundle(file, path, solved, down_type=kind, progress=progress)
+        found = write_bundle(file, path, solved, down_type=kind, progress=progress)
+    if solved is None and not has_factors(file):
+        note("no predictors are in the file: --predictor-path names a directory of pinfer solve")
+    return found
 
 
 def figures(file: ModelFile, found: Bundle) -> dict[str, Any]:
