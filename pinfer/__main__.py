@@ -13,8 +13,9 @@ def main() -> NoReturn:
     # torch and numpy swallow a KeyboardInterrupt, or break on it, while their C parts load.
     signal.signal(signal.SIGINT, _leave)
     gc.disable()  # a tenth of a second goes into looking for garbage among modules
-    from pinfer.cli.main import run
+    from pinfer.cli.main import commands, run
 
+    commands(sys.argv[1:])
     gc.freeze()
     gc.enable()
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -8,10 +8,11 @@ to stderr; PINFER_TRACEBACK=1 shows the Python traceback instead.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 # Spinning OpenMP threads stall each other by milliseconds where cores are shared with another
@@ -21,45 +22,26 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import typer
 
 import pinfer
-from pinfer.cli import (
-    bench,
-    convert,
-    doctor,
-    evaluate,
-    generate,
-    inspect,
-    plan,
-    profile,
-    quantize,
-    solve,
-    tokenize,
-    train,
-)
 from pinfer.cli.console import printable
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
-app = typer.Typer(
-    name="pinfer",
-    help="Sparse LLM inference: any GGUF, computing only the neurons that fire.",
-    add_completion=False,
-    no_args_is_help=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command("generate")(generate.generate)
-app.command("main", hidden=True, help="Same as generate.")(generate.generate)
-app.command("bench")(bench.bench)
-app.command("convert")(convert.convert_command)
-app.command("doctor")(doctor.doctor)
-app.command("eval")(evaluate.evaluate_command)
-app.command("inspect")(inspect.inspect)
-app.command("plan")(plan.plan_command)
-app.command("profile")(profile.profile_command)
-app.command("quantize")(quantize.quantize_command)
-app.command("solve")(solve.solve_command)
-app.command("tokenize")(tokenize.tokenize)
-app.command("train")(train.train_command)
+# Where each command is. Only what is called is imported: all of them together take half a second.
+COMMANDS = {
+    "generate": "generate:generate",
+    "bench": "bench:bench",
+    "convert": "convert:convert_command",
+    "doctor": "doctor:doctor",
+    "eval": "evaluate:evaluate_command",
+    "inspect": "inspect:inspect",
+    "plan": "plan:plan_command",
+    "profile": "profile:profile_command",
+    "quantize": "quantize:quantize_command",
+    "solve": "solve:solve_command",
+    "tokenize": "tokenize:tokenize",
+    "train": "train:train_command",
+}
+SYNONYMS = {"main": "generate"}  # the guide's
 
 
 def _show_version(wanted: bool) -> None:
@@ -68,13 +50,39 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback()
 def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print it.")
     ] = False,
 ) -> None:
     """Sparse LLM inference: any GGUF, computing only the neurons that fire."""
+
+
+def application(arguments: Sequence[str]) -> typer.Typer:
+    """The command line with the command that the arguments name, or with all of them."""
+    app = typer.Typer(
+        name="pinfer",
+        help="Sparse LLM inference: any GGUF, computing only the neurons that fire.",
+        add_completion=False,
+        no_args_is_help=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_options)
+    for name, command in commands(arguments).items():
+        called = SYNONYMS.get(name, name)
+        app.command(name, hidden=name != called, help=None if name == called else f"Same as {called}.")(command)
+    return app
+
+
+def commands(arguments: Sequence[str]) -> dict[str, Callable[..., None]]:
+    """The command that the arguments name, or all of them, imported."""
+    named = next((one for one in arguments if not one.startswith("-")), "")
+    found = {}
+    for name in [named] if named in COMMANDS or named in SYNONYMS else [*COMMANDS, *SYNONYMS]:
+        module, function = COMMANDS[SYNONYMS.get(name, name)].split(":")
+        found[name] = getattr(importlib.import_module(f"pinfer.cli.{module}"), function)
+    return found
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -108,7 +116,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _invoke(arguments: Sequence[str]) -> int:
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(application(arguments))
     try:
         # Not command.main(), which turns interrupts and closed pipes into silent exits.
         with command.make_context("pinfer", list(arguments) or ["--help"]) as context:
