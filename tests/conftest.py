@@ -18,6 +18,9 @@ import torch
 
 from pinfer.engine import SHIPPED_MODEL
 from tests.gguf_files import gemma_file
+from tests.interpreter import patch_once
+
+patch_once()
 
 
 class AheadOfTime:
