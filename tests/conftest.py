@@ -18,9 +18,9 @@ import torch
 
 from pinfer.engine import SHIPPED_MODEL
 from tests.gguf_files import gemma_file
-from tests.interpreter import patch_once
+from tests.interpreter import quicken
 
-patch_once()
+quicken()
 
 
 class AheadOfTime:
