@@ -16,11 +16,12 @@ demo: $(READY)
 	$(BIN)/pinfer generate -p "The function returns" -n 70 $(SAMPLING)
 	$(BIN)/pinfer generate -p "Elizabeth was surprised, but" -n 70 $(SAMPLING)
 
-# The tests run as two processes of about equal time: what kernels, the core's workers and lanes compute, and all else.
+# The tests run as two processes of about equal time: what kernels, the core's workers, lanes and engines compute and
+# what is trained, and all else.
 KERNEL_TESTS := $(wildcard tests/fuzz tests/test_aot*.py tests/test_bench_gpu.py tests/test_build.py \
-	tests/test_cuda_lane.py tests/test_gpu_ops.py tests/test_instruction_sets.py tests/test_kernels.py \
-	tests/test_overlap.py tests/test_planes.py tests/test_selection.py tests/test_step.py tests/test_tuning.py \
-	tests/test_worker.py)
+	tests/test_cuda_lane.py tests/test_engine.py tests/test_gpu_ops.py tests/test_instruction_sets.py tests/test_kernels.py \
+	tests/test_overlap.py tests/test_planes.py tests/test_selection.py tests/test_step.py \
+	tests/test_training.py tests/test_tuning.py tests/test_worker.py)
 
 test: $(TESTABLE) lint types
 	@$(BIN)/python -m pytest $(KERNEL_TESTS) > $(VENV)/kernel-tests.log 2>&1 & kernels=$$!; \

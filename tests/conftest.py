@@ -16,8 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pinfer.engine import SHIPPED_MODEL
+from pinfer.engine import SHIPPED_MODEL, fitting
 from tests.gguf_files import gemma_file
+from tests.interpreter import quicken
+
+quicken()
 
 
 class AheadOfTime:
@@ -72,6 +75,13 @@ def ahead_of_time(request: pytest.FixtureRequest) -> AheadOfTime:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(20)
+
+
+@pytest.fixture
+def quick_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Predictors of tiny models are fitted on fewer tokens: where the test is not about how well they fit."""
+    monkeypatch.setattr(fitting, "FIT_TOKENS", 512)
+    monkeypatch.setattr(fitting, "THRESHOLD_TOKENS", 1024)
 
 
 @pytest.fixture

@@ -302,34 +302,28 @@ def test_kinds_of_text_not_fitted_on_take_a_margin(tiny: Case) -> None:
         return tiny.fit(sequences)
 
     target = Target(quality=0.8)
-    found = tiny.calibrate(target, refit=Refit(fit, tiny.parts.fit))
+    names: list[str] = []
+    measure = Refit(fit, tiny.parts.fit)
+    found = tiny.calibrate(target, refit=measure, measured=lambda name, *_: names.append(name))
     assert [list(half) for half in halves] == [tiny.parts.fit[:4], tiny.parts.fit[4:]]
     figures = found.figures
     factor = Transfer(**figures["transfer"]).factor
     assert bound(Loss(**figures[figures["allocation"]]), factor) == pytest.approx(figures["bound"])
     assert figures["bound"] <= target.allowed
-    known = {f"fitted on half {half} at {density!r}": [0.01, 0.03] for half in (0, 1) for density in _probed(tiny)}
+    probed = {float(name.rsplit(" ", 1)[1]) for name in names if name.startswith("fitted on half")}
+    known = {f"fitted on half {half} at {density!r}": [0.01, 0.03] for half in (0, 1) for density in probed}
     wary = tiny.calibrate(target, refit=Refit(fit, tiny.parts.fit), known=known)
     assert wary.figures["transfer"] == {"own": 0.01, "other": 0.03}
     assert wary.figures["density"] > found.figures["density"]
 
 
-def _probed(tiny: Case) -> set[float]:
-    """Where `test_kinds_of_text_not_fitted_on_take_a_margin` measures the transfer."""
-    seen: dict[str, Any] = {}
-    tiny.calibrate(
-        Target(quality=0.8),
-        refit=Refit(tiny.fit, tiny.parts.fit),
-        measured=lambda name, one, _: seen.update({name: one}),
-    )
-    return {float(name.rsplit(" ", 1)[1]) for name in seen if name.startswith("fitted on half")}
-
-
-@pytest.mark.parametrize("target", [Target(density=0.3), Target(quality=0.85)])
-def test_an_interrupted_calibration_goes_on_to_the_same_result(tiny: Case, target: Target) -> None:
+@pytest.mark.parametrize(("target", "shares"), [(Target(density=0.3), (0, 1)), (Target(quality=0.85), (0.5,))])
+def test_an_interrupted_calibration_goes_on_to_the_same_result(
+    tiny: Case, target: Target, shares: tuple[float, ...]
+) -> None:
     made: list[tuple[str, Any]] = []
     whole = tiny.calibrate(target, measured=lambda name, found, _: made.append((name, found)))
-    for done in (1, len(made) // 2, len(made)):
+    for done in (max(1, int(share * len(made))) for share in shares):
         known = json.loads(json.dumps(dict(made[:done])))
         again: list[str] = []
         resumed = tiny.calibrate(target, known=known, measured=lambda name, _found, _s, again=again: again.append(name))
@@ -389,7 +383,7 @@ def shipped() -> Case:
     return Case(
         engine,
         FitSettings("low_rank"),
-        deal(cut(engine.tokenizer, text, 4000, engine.config.context_length, 100), engine.config.n_layers),
+        deal(cut(engine.tokenizer, text, 2400, engine.config.context_length, 60), engine.config.n_layers),
     )
 
 

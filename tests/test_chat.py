@@ -186,7 +186,7 @@ EVERY = WORKING | UNCLEAR | {name: built_in(name) for name in template_names()}
 
 class TestOrigin:
     @pytest.mark.parametrize("name", EVERY)
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=15, deadline=None)
     @given(contents=st.lists(CONTENTS, min_size=1, max_size=3))
     def test_no_content_becomes_a_control_token(self, name: str, contents: list[str]) -> None:
         """The same text as without all this; as many control tokens as the template writes, at most."""

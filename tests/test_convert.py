@@ -243,8 +243,7 @@ def test_outputs_that_cannot_be_are_named(
     assert line.endswith(f"{tmp_path / 'out'}: Read-only file system")
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-@pytest.mark.parametrize("to", ["gguf", "hf"])
+@pytest.mark.parametrize(("name", "to"), [("SIGINT", "gguf"), ("SIGTERM", "hf"), ("SIGHUP", "gguf")])
 def test_a_signal_leaves_nothing_half_written(name: str, to: str, tmp_path: Path) -> None:
     """As a scheduler, a closed terminal and Ctrl-C end a run; it is held where the file is half-written."""
     script = (

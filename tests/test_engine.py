@@ -21,6 +21,7 @@ from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
 
 GREEDY = SamplingConfig(temperature=0)
 PROMPT = [104, 101, 108, 108, 111]
+pytestmark = pytest.mark.usefixtures("quick_fits")
 
 
 @pytest.fixture(scope="module")

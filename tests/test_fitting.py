@@ -28,6 +28,7 @@ FAMILIES: dict[Method, Any] = {
     "low_rank": write_tiny_llama,
     "sign_bits": write_tiny_llama,
 }
+pytestmark = pytest.mark.usefixtures("quick_fits")
 
 
 def logits(engine: Engine) -> torch.Tensor:

@@ -240,7 +240,7 @@ def test_too_little_to_fit_on_says_so(tmp_path: Path) -> None:
             S.fit_low_rank_predictors(model, sequences, LowRankSettings(64, 0.99))
 
 
-def test_engines_run_low_rank_whole_and_hybrid(tmp_path: Path) -> None:
+def test_engines_run_low_rank_whole_and_hybrid(tmp_path: Path, quick_fits: None) -> None:
     path = str(write_tiny_llama(tmp_path / "m.gguf"))
     run = RunConfig(model=path, method="low_rank", predictor_rank=64, recall=1.0, precision="float32")
     engine, dense = load_engine(run), load_engine(RunConfig(model=path, method="dense", precision="float32"))
@@ -256,7 +256,7 @@ def test_engines_run_low_rank_whole_and_hybrid(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cold_fraction", [0.99, 1.0])
-def test_a_shard_may_be_all_or_next_to_nothing(tmp_path: Path, cold_fraction: float) -> None:
+def test_a_shard_may_be_all_or_next_to_nothing(tmp_path: Path, cold_fraction: float, quick_fits: None) -> None:
     run = RunConfig(model=str(write_tiny_llama(tmp_path / "m.gguf")), method="low_rank", predictor_rank=32)
     outputs = []
     for one in (load_engine(run), load_engine(dataclasses.replace(run, cold_fraction=cold_fraction))):
@@ -281,7 +281,7 @@ def test_bad_flags_end_in_one_line(tmp_path: Path, flags: str, named: str, capsy
     assert named in line
 
 
-def test_models_without_relu_need_a_sparsity(tmp_path: Path) -> None:
+def test_models_without_relu_need_a_sparsity(tmp_path: Path, quick_fits: None) -> None:
     path = str(write_tiny_gemma3(tmp_path / "g.gguf", d_ffn=256))
     with pytest.raises(ValueError, match="low_rank needs a sparsity for a model whose activation is gelu_tanh"):
         load_engine(RunConfig(model=path, method="low_rank"))

@@ -27,7 +27,10 @@ from pinfer.overlap import Delays, Lane, Place, PrefillCosts, emulated
 from pinfer.predictors import Prediction, split_prediction
 from tests.gguf_files import write_tiny_llama
 
-pytestmark = pytest.mark.skipif(core_problem() is not None, reason=f"no CPU core: {core_problem()}")
+pytestmark = [
+    pytest.mark.skipif(core_problem() is not None, reason=f"no CPU core: {core_problem()}"),
+    pytest.mark.usefixtures("quick_fits"),
+]
 SPLITS = (0, 1, 25, 50, 99, 100)
 DELAYS = (Delays(to_cpu_s=3e-4, to_gpu_s=1e-4), Delays(kernel_s=5e-4, bandwidth=2e9))
 PROMPT, STEPS = [5, 40, 7, 260], 16
@@ -99,12 +102,21 @@ def told(request: pytest.FixtureRequest, wide: Path) -> tuple[Engine, list[Spars
     return engine, [cast(SparseFFN, block.ffn) for block in engine.model.blocks], drawn
 
 
-@pytest.mark.parametrize("one_predictor", [False, True])
-@pytest.mark.parametrize(("cold_percent", "delays"), [*zip(SPLITS, cycle(DELAYS), strict=False)])
+@pytest.mark.parametrize(
+    ("cold_percent", "delays", "flipped"),
+    [*zip(SPLITS, cycle(DELAYS), cycle((False, False, True, True)), strict=False)],
+)
 def test_same_tokens_as_one_device(
-    told: tuple[Engine, list[SparseFFN], list[int]], cold_percent: int, one_predictor: bool, delays: Delays
+    told: tuple[Engine, list[SparseFFN], list[int]],
+    cold_percent: int,
+    delays: Delays,
+    flipped: bool,
+    request: pytest.FixtureRequest,
 ) -> None:
+    """Every split with either delay or either predictor, by turns of model and split."""
     engine, whole, expected = told
+    model = list(RUNS).index(request.node.callspec.params["told"])
+    one_predictor = flipped != bool(model % 2)
     for block, ffn in zip(engine.model.blocks, whole, strict=True):
         block.ffn = ffn
     lane = emulated(1, delays=delays, timeout_s=30.0)

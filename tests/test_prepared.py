@@ -31,7 +31,7 @@ DOWN = ".pinfer-down.gguf"
 
 
 @pytest.fixture(autouse=True)
-def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quick_fits: None) -> None:
     """Small models are kept too, and the user's cache folder is a fresh one."""
     monkeypatch.setattr(prepared, "CACHE_FROM_BYTES", 0)
     monkeypatch.setattr(prepared, "cache_folder", lambda: tmp_path / "cache")
@@ -494,7 +494,7 @@ def test_predictors_that_cannot_be_kept_are_used(locked: Path, monkeypatch: pyte
 
 
 def test_hybrids_and_other_families_are_kept_too(tmp_path: Path, fitted: list[int]) -> None:
-    model = write_tiny_gemma3(tmp_path / "g.gguf", d_ffn=256)
+    model = write_tiny_gemma3(tmp_path / "g.gguf", d_ffn=256, n_layers=3)
     run = {**LOW_RANK, "sparsity": 0.5, "precision": "float32"}
     whole = logits(load(model, **run))
     torch.testing.assert_close(logits(load(model, cold_fraction=0.3, **run)), whole, rtol=1e-3, atol=1e-3)

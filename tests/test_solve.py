@@ -90,7 +90,7 @@ def test_a_relu_model_is_trained_and_keeps_its_quality(
 def test_other_models_are_fitted_to_a_density(
     tmp_path: Path, text: str, method: str, asked: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, directory = str(write_tiny_gemma3(tmp_path / "m.gguf")), str(tmp_path / "solved")
+    model, directory = str(write_tiny_gemma3(tmp_path / "m.gguf", n_layers=3)), str(tmp_path / "solved")
     arguments = ["solve", "-m", model, "-o", directory, "--text", text, "--method", method, "--density", str(asked)]
     assert cli([*arguments, "--tokens", "4200", "--json"]) == OK
     found = last_json(capsys)
@@ -170,7 +170,7 @@ def test_the_table_says_what_its_titles_say_of_a_layer_where_nothing_fires_too(
 def test_an_interrupted_calibration_goes_on_to_the_same_end(
     tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = str(write_tiny_gemma3(tmp_path / "m.gguf"))
+    model = str(write_tiny_gemma3(tmp_path / "m.gguf", n_layers=3))
 
     def arguments(directory: str) -> list[str]:
         return [
@@ -295,7 +295,7 @@ def test_a_dry_run_says_what_each_stage_takes_and_writes_nothing(
     tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for write, extra in ((write_tiny_llama, QUICK), (write_tiny_gemma3, ["--tokens", "4200"])):
-        model = str(write(tmp_path / f"{write.__name__}.gguf"))
+        model = str(write(tmp_path / f"{write.__name__}.gguf", n_layers=2))
         arguments = ["solve", "-m", model, "-o", str(tmp_path / "none"), "--text", text, "--dry-run", "--json", *extra]
         assert cli(arguments) == OK
         found = last_json(capsys)

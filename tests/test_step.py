@@ -18,7 +18,10 @@ from pinfer.kernels.registry import use_int8
 from pinfer.quant import BY_NAME
 from tests.gguf_files import write_tiny_gemma3, write_tiny_llama
 
-pytestmark = pytest.mark.skipif(core_problem() is not None, reason=f"no CPU core: {core_problem()}")
+pytestmark = [
+    pytest.mark.skipif(core_problem() is not None, reason=f"no CPU core: {core_problem()}"),
+    pytest.mark.usefixtures("quick_fits"),
+]
 TOKENS = [3, 9, 4, 11, 7, 2, 9, 9]
 RUNS = [
     {"method": "dense"},

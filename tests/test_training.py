@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -603,6 +604,15 @@ def test_another_run_starts_anew(
     assert listing(tmp_path) == whole
 
 
+@pytest.fixture(scope="module")
+def interrupted(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run leaves that ends within its second layer."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    with pytest.raises(KeyboardInterrupt):
+        run_training(engine, folder, Recorder(EVENTS + 8))
+    return folder
+
+
 @pytest.mark.parametrize("kind", ["truncated", "flipped", "gone"])
 @pytest.mark.parametrize(
     "damaged",
@@ -616,10 +626,9 @@ def test_another_run_starts_anew(
     ],
 )
 def test_a_damaged_checkpoint_is_not_read(
-    engine: Engine, tmp_path: Path, whole: dict[str, bytes], damaged: str, kind: str
+    engine: Engine, interrupted: Path, tmp_path: Path, whole: dict[str, bytes], damaged: str, kind: str
 ) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run_training(engine, tmp_path, Recorder(EVENTS + 8))
+    shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
     (path,) = (tmp_path / FOLDER).glob(damaged)
     content = path.read_bytes()
     if kind == "gone":
@@ -707,8 +716,8 @@ def test_an_estimate_writes_nothing_and_leaves_the_model_as_it_was(
     assert 0.3 * found.disk_bytes < largest.found <= 1.1 * found.disk_bytes
 
 
-# A whole training in the folder "whole", then ten that each kill themselves at some step that computes or
-# touches the disk, then the same ten again. Every one is a process, forked from one that has loaded the model.
+# A whole training in the folder "whole", then four that each kill themselves at some step that computes or
+# touches the disk, then the same four again. Every one is a process, forked from one that has loaded the model.
 KILLED = """
 import os, random, signal, sys
 from pathlib import Path
@@ -751,7 +760,7 @@ def forked(name, point):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 assert forked("whole", -1) == 0
-points = random.Random(seed).sample(range(2, int((folder / "calls").read_text())), 10)
+points = random.Random(seed).sample(range(2, int((folder / "calls").read_text())), 4)
 print([forked(str(point), point) for point in points])
 print([forked(str(point), -1) for point in points])
 """
@@ -762,10 +771,10 @@ def test_killed_anywhere_it_ends_the_same(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(seed)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, (seed, done.stderr)
-    assert done.stdout.splitlines() == [str([-signal.SIGKILL] * 10), str([0] * 10)], seed
+    assert done.stdout.splitlines() == [str([-signal.SIGKILL] * 4), str([0] * 4)], seed
     expected = listing(tmp_path / "whole")
     assert len(expected) == 6 + 1 + 1  # a result a layer, the last residuals, the state
     folders = [folder for folder in tmp_path.iterdir() if folder.is_dir()]
-    assert len(folders) == 11
+    assert len(folders) == 5
     for folder in folders:
         assert listing(folder) == expected, (seed, folder.name)
